@@ -1,0 +1,1 @@
+"""Networks and codecs in pure torch. Knows tensors, and of files only weights."""
