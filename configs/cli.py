@@ -1,0 +1,41 @@
+"""The console command: `soundshard <job> [config=FILE] [key=value ...]`. Knows the jobs' names, and imports only the one that is asked for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+JOBS: dict[str, tuple[str, str]] = {
+    "demo": ("pipeline.demo", "the whole path on small clips made by program, ending in a page to look at"),
+    "prepare": ("pipeline.prepare", "clips -> media shards -> feature shards (reencode, then featurise)"),
+    "reencode": ("pipeline.reencode", "clips -> media shards: H.264 25 fps and AAC on one clock"),
+    "featurise": ("pipeline.featurise", "media shards -> feature shards: Segment-AVCLIP features and codec tokens"),
+    "train": ("train.vaura", "feature shards -> a run folder with a V-AURA model"),
+    "generate": ("pipeline.generate", "a run folder and videos -> the videos with generated sound"),
+    "inspect": ("shards.inspect", "what a dataset holds: counts, failures by reason, sizes, provenance; one sample"),
+    "weights": ("model.weights", "fetch published weights into the cache"),
+    "standin": ("pipeline.standin", "fit small stand-in networks from a media dataset, where published weights cannot be had"),
+    "synth": ("pipeline.synth", "make clips by program, with known contact times"),
+}
+
+
+def usage() -> str:
+    """The jobs, a line each."""
+    width = max(map(len, JOBS))
+    jobs = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in JOBS.items())
+    return f"usage: soundshard <job> [config=FILE] [key=value ...]\n\njobs:\n{jobs}\n\n`soundshard <job> --help` lists the job's options."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the first argument names; returns its exit status. 2 for an unknown job."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] not in JOBS:
+        print(f"soundshard: there is no job {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(JOBS[arguments[0]][0]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
