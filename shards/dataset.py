@@ -1,0 +1,160 @@
+"""What a dataset is: `dataset.json` with its kind, spec and fingerprint, and how a file of it is replaced without ever being seen half-written.
+
+Knows folders, JSON and hashes. Knows nothing of tars, ledgers, models or media: a spec is whatever the writing job says decides the bytes.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO
+
+SCHEMA_VERSION = 1
+"""Version of the format of `dataset.json` and the ledgers. A reader refuses another one."""
+KINDS = ("media", "features")
+ABSENT = "(absent)"
+
+
+class DatasetMismatch(ValueError):  # noqa: N818 - says what is wrong, as ValueError does
+    """Two datasets, or a dataset and what was asked for, that must not be mixed."""
+
+
+def json_bytes(value: object) -> bytes:
+    """Canonical JSON: sorted keys, no spaces, UTF-8, no NaN. The same value gives the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint(spec: Mapping) -> str:
+    """sha256 over the canonical JSON of what decides a dataset's bytes."""
+    return sha256(json_bytes(spec)).hexdigest()
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The contents of `dataset.json`. `new_info` makes one with the fingerprint filled in."""
+
+    kind: str
+    """`media` or `features`."""
+    schema_version: int
+    spec: dict
+    """What decides the bytes: sizes, rates, weights' sha256, versions of decoders and codecs."""
+    fingerprint: str
+    provenance: dict = field(default_factory=dict)
+    """What is worth knowing but decides nothing: paths of weights, versions of tools. Never compared."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"dataset kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+        expected = fingerprint(self.spec)
+        if self.fingerprint != expected:
+            raise ValueError(
+                f"fingerprint {self.fingerprint[:12]} does not belong to the spec (that gives {expected[:12]}); was dataset.json edited?"
+            )
+
+
+def new_info(kind: str, spec: dict, provenance: dict | None = None) -> DatasetInfo:
+    """A `DatasetInfo` of this version of the format, fingerprint included."""
+    return DatasetInfo(kind=kind, schema_version=SCHEMA_VERSION, spec=spec, fingerprint=fingerprint(spec), provenance=provenance or {})
+
+
+def read_info(root: str | os.PathLike) -> DatasetInfo:
+    """The `dataset.json` of the dataset at `root`. ValueError if there is none, or if this version cannot read it."""
+    path = Path(root) / "dataset.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{root} is not a dataset: it has no dataset.json; expected a folder written by `soundshard prepare`, `reencode` or `featurise`"
+        )
+    try:
+        fields = json.loads(path.read_bytes())
+        version = fields["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise DatasetMismatch(f"{path} has schema version {version}; this soundshard reads version {SCHEMA_VERSION}: use the one that wrote it")
+        return DatasetInfo(**{name: fields[name] for name in ("kind", "schema_version", "spec", "fingerprint", "provenance")})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a dataset's description: {type(error).__name__}: {error}") from error
+
+
+def create_or_check(root: str | os.PathLike, info: DatasetInfo) -> None:
+    """Writes `dataset.json`, or checks that the one at `root` has the same kind and fingerprint. DatasetMismatch names every field that differs."""
+    path = Path(root) / "dataset.json"
+    if path.exists():
+        differing = differences(read_info(root), info)
+        if differing:
+            raise DatasetMismatch(
+                f"{root} holds a dataset made otherwise; to continue it use its values, or write to another folder:\n"
+                + "\n".join(f"  {name}: {there!r} there, {here!r} here" for name, there, here in differing)
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(asdict(info), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def differences(there: DatasetInfo, here: DatasetInfo) -> list[tuple[str, object, object]]:
+    """What differs in kind and spec, as (dotted name, value there, value here); provenance is not compared."""
+    left, right = (dict(_leaves(json.loads(json_bytes({"kind": info.kind, "spec": info.spec})))) for info in (there, here))
+    return [
+        (name, left.get(name, ABSENT), right.get(name, ABSENT))
+        for name in sorted({*left, *right})
+        if left.get(name, ABSENT) != right.get(name, ABSENT)
+    ]
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` whole or not at all: temporary name in the same folder, fsync, rename.
+
+    An exception removes the temporary file; a killed process leaves it, for `remove_stale` to find.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_stale(path: Path) -> None:
+    """Removes what killed writers of `path` left. A living writer holds a lock on its file, which is left alone."""
+    for entry in os.scandir(path.parent):
+        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+            with suppress(FileNotFoundError), open(entry.path, "r+b") as file:
+                if _lock(file):
+                    os.unlink(entry.path)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Takes the file's advisory lock, which ends with the process. False where another holds it, or where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
