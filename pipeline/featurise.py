@@ -1,0 +1,175 @@
+"""`soundshard featurise`: media shards -> feature shards. Each media clip is decoded once; what runs on it is `pipeline.features`' matter."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import encodec
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from configs.load import job_main
+from model.weights import resolve
+from pipeline.discover import Clip
+from pipeline.features import Decoded, Features, FeatureOptions, Featuriser, networks_spec
+from pipeline.media import MediaError, decode
+from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
+from pipeline.reencode import JobOptions, media_libraries
+from shards.dataset import DatasetInfo, fingerprint, json_bytes
+from shards.read import Index
+from shards.write import Entry, Outcome, write_shard
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """The processes that hold the networks."""
+
+    actors: int = 0
+    """Processes with a tower and a codec each; 0 takes one per GPU, or on the CPU one per `tower.threads` processors."""
+
+
+@dataclass(frozen=True)
+class FeaturiseOptions(FeatureOptions, ActorOptions):
+    """What an actor that holds the networks must know."""
+
+
+T = TypeVar("T", bound=FeaturiseOptions)
+
+
+@dataclass(frozen=True)
+class FeaturiseConfig(FeaturiseOptions, JobOptions):
+    """Options of `soundshard featurise`."""
+
+    data: str = "???"
+    """Folder of the media dataset."""
+    out: str = "???"
+    """Folder of the feature dataset."""
+
+
+def run(config: FeaturiseConfig) -> Summary:
+    """Run the visual tower and the codec over media shards: features and tokens, one ledger row per row of the media dataset."""
+    media = Index.open(config.data, kind="media")
+    plans = plans_of(media)  # feature shard N holds the clips of media shard N
+    with cluster(config.ray):
+        config = settle_device(config)
+        info = feature_info(config, {"media_fingerprint": media.info.fingerprint}, plans)
+        pool = actor_pool(FeaturiseActor, config)
+        summary = run_shards(  # one shard per call, one call per actor at a time
+            config.out, info, plans, lambda plan, ticker: pool.submit("shard", plan, ticker), in_flight=pool.size, stage="featurise"
+        )
+    finish(summary, stage="featurise", out=config.out, max_failed_fraction=config.max_failed_fraction)
+    return summary
+
+
+def plans_of(media: Index) -> list[ShardPlan]:
+    """The media dataset's own cut into shards, failed rows included."""
+    shards: dict[str, list[Clip]] = {}
+    for row in media.rows():
+        shards.setdefault(row["shard"], []).append(Clip(row["key"], row["source"], row["split"], row["label"], row["reason"], row["message"]))
+    return [ShardPlan(name, clips[0].split, tuple(clips)) for name, clips in sorted(shards.items())]
+
+
+def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPlan]) -> DatasetInfo:
+    """dataset.json of the feature dataset: networks, their weights and arithmetic, and what the features were made from decide the bytes."""
+    libraries = {**media_libraries(), "torch": torch.__version__, "encodec": encodec.__version__}
+    spec = {**networks_spec(options), **source, "libraries": libraries}
+    weights = {
+        "tower": {"path": str(Path(resolve(options.tower.weights)).resolve()), "sha256": spec["tower"]["weights_sha256"]},
+        "codec": {"path": str(Path(resolve(options.codec.weights or options.codec.name)).resolve()), "sha256": spec["codec"]["weights_sha256"]},
+    }
+    inputs = {"clips": sum(len(plan.clips) for plan in plans), "sha256": inputs_sha256(plans)}
+    return DatasetInfo("features", SCHEMA_VERSION, spec, fingerprint(spec), {"weights": weights, "inputs": inputs})
+
+
+class FeaturiseActor:
+    """A process that holds the networks and turns media shards into feature shards."""
+
+    def __init__(self, config: FeaturiseConfig) -> None:
+        self._config = config
+        self._featuriser = Featuriser(config)
+        self._media = Index.open(config.data, kind="media")
+
+    def shard(self, plan: ShardPlan, ticker: ActorHandle) -> Outcome:
+        """Featurise and write one shard."""
+        return write_shard(self._config.out, plan.name, self._entries(plan, ticker))
+
+    def _entries(self, plan: ShardPlan, ticker: ActorHandle) -> Iterator[Entry]:
+        for clip, features in self._featuriser.run(plan.clips, self._decode):
+            ticker.tick.remote(1, int(isinstance(features, MediaError)))
+            yield feature_entry(clip, features, self._featuriser)
+
+    def _decode(self, clip: Clip) -> Decoded:
+        if clip.reason:
+            raise MediaError(clip.reason, clip.message or "")
+        rate, channels = self._featuriser.decode_rates() or (0, 0)
+        decoded = decode(self._media.bytes(self._media.row(clip.key), "mp4"), sample_rate_hz=rate, channels=channels)
+        return Decoded(decoded.frames, decoded.audio)
+
+
+def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featuriser) -> Entry:
+    """The ledger row and, for a good clip, the members `KEY.avclip.npy`, `KEY.<codec>.npy` and `KEY.json`."""
+    if isinstance(features, MediaError):
+        return Entry(clip.key, clip.split, clip.label, clip.source, reason=features.reason, message=features.message)
+    assert featuriser.codec is not None and features.codes is not None
+    described = {
+        "key": clip.key,
+        "split": clip.split,
+        "label": clip.label,
+        "frames": features.frames,
+        "segments": features.avclip.shape[1],
+        "steps": features.codes.shape[1],
+        "crops": [asdict(crop) for crop in features.crops],
+    }
+    members = {"avclip.npy": features.avclip, f"{featuriser.codec.name}.npy": features.codes, "json": json_bytes(described)}
+    return Entry(clip.key, clip.split, clip.label, clip.source, features.frames / 25, members)
+
+
+class ActorPool:
+    """Actors with one call in flight each: killing a hung one never takes an innocent queued call with it."""
+
+    def __init__(self, actors: Sequence[ActorHandle]) -> None:
+        self._last: dict[ActorHandle, ray.ObjectRef | None] = dict.fromkeys(actors)
+
+    @property
+    def size(self) -> int:
+        """How many calls may be in flight."""
+        return len(self._last)
+
+    def submit(self, method: str, plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
+        """Call `method` on an actor that is free. There is one as long as at most `size` calls are in flight."""
+        actor = next(a for a, last in self._last.items() if last is None or ray.wait([last], timeout=0)[0])
+        self._last[actor] = getattr(actor, method).remote(plan, ticker)
+        return self._last[actor]
+
+
+def settle_device(config: T) -> T:
+    """The configuration with `tower.device=auto` decided by what the cluster has, which the driver's own machine need not have."""
+    if config.tower.device != "auto":
+        return config
+    device = "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+    return replace(config, tower=replace(config.tower, device=device))
+
+
+def actor_pool(actor_class: type, config: FeaturiseOptions, *arguments: str) -> ActorPool:
+    """Start the processes that hold the networks: as many as asked for, else as many as the cluster has devices for."""
+    on_gpu = config.tower.device.startswith("cuda")
+    resources = ray.cluster_resources()
+    count = config.actors or max(1, int(resources.get("GPU", 1)) if on_gpu else int(resources.get("CPU", 1)) // config.tower.threads)
+    remote = ray.remote(actor_class).options(
+        num_gpus=1 if on_gpu else 0, num_cpus=config.decode_threads if on_gpu else config.tower.threads, max_restarts=-1, max_task_retries=2
+    )
+    return ActorPool([remote.remote(config, *arguments) for _ in range(count)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m pipeline.featurise`."""
+    return job_main(FeaturiseConfig, run, argv, command="featurise")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

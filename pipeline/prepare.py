@@ -1,0 +1,103 @@
+"""`soundshard prepare`: clips -> media shards -> feature shards, both stages one after the other or fused into one."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+from ray.actor import ActorHandle
+
+from configs.load import job_main
+from pipeline import featurise, reencode
+from pipeline.discover import Clip, DiscoverConfig, discover
+from pipeline.features import Decoded, Featuriser
+from pipeline.media import MediaError, decode_encoded
+from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, plan_shards, run_shards
+from shards.dataset import create_or_check
+from shards.write import Entry, Outcome, write_manifest, write_shard
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PrepareConfig(featurise.FeaturiseOptions, reencode.MediaOptions, reencode.JobOptions, DiscoverConfig):
+    """Options of `soundshard prepare`: those of both stages."""
+
+    out: str = "???"
+    """Folder for both datasets: OUT/media and OUT/features."""
+    fused: bool = False
+    """Featurise the pictures that are about to be encoded, without decoding them a second time. The features then differ slightly from those of
+    the stored clips, and so does the fingerprint."""
+
+
+def run(config: PrepareConfig) -> Summary:
+    """Prepare clips for training: re-encode into OUT/media, featurise into OUT/features."""
+    media, features = str(Path(config.out) / "media"), str(Path(config.out) / "features")
+    if config.fused:
+        return _run_fused(config, media, features)
+    with cluster(config.ray):
+        reencode.run(_options(reencode.ReencodeConfig, config, out=media))
+        return featurise.run(_options(featurise.FeaturiseConfig, config, data=media, out=features))
+
+
+def _options(schema: type[T], config: PrepareConfig, **own: str) -> T:
+    shared = {f.name: getattr(config, f.name) for f in fields(schema) if hasattr(config, f.name)}  # type: ignore[arg-type] - a TypeVar for a dataclass
+    return schema(**{**shared, **own})
+
+
+def _run_fused(config: PrepareConfig, media: str, features: str) -> Summary:
+    plans = plan_shards(discover(config), config.clips_per_shard)
+    media_info = reencode.media_info(config, plans)
+    with cluster(config.ray):
+        config = featurise.settle_device(config)
+        info = featurise.feature_info(config, {"media_fingerprint": media_info.fingerprint, "fused": True}, plans)
+        create_or_check(media, media_info)
+        pool = featurise.actor_pool(FusedActor, config, media, features)
+        summary = run_shards(features, info, plans, lambda plan, ticker: pool.submit("shard", plan, ticker), in_flight=pool.size, stage="prepare")
+    write_manifest(media)
+    finish(summary, stage="prepare", out=config.out, max_failed_fraction=config.max_failed_fraction)
+    return summary
+
+
+class FusedActor:
+    """A process that re-encodes clips and featurises the same pictures while it has them."""
+
+    def __init__(self, config: PrepareConfig, media: str, features: str) -> None:
+        self._config, self._media, self._features = config, media, features
+        self._featuriser = Featuriser(config)
+
+    def shard(self, plan: ShardPlan, ticker: ActorHandle) -> Outcome:
+        """Write the shard of both datasets; the media shard is committed first."""
+        media: dict[str, Entry] = {}
+
+        def decode(clip: Clip) -> Decoded:
+            """In a decoding thread: encode the clip and hand its pictures and sound on."""
+            encoded, frames, sound = reencode.Encoded(None, clip.reason, clip.message), None, None
+            if not clip.reason:
+                encoded = reencode.encode_clip(clip, self._config.encode, keep_frames=True)
+            if encoded.clip is not None:
+                rate, channels = self._featuriser.decode_rates() or (0, 0)
+                frames, sound = decode_encoded(encoded.clip, sample_rate_hz=rate, channels=channels)
+            media[clip.source] = reencode.media_entry(clip, encoded)
+            if frames is None:
+                raise MediaError(encoded.reason or "undecodable", encoded.message or "")
+            return Decoded(frames, sound)
+
+        def entries() -> Iterator[Entry]:
+            for clip, features in self._featuriser.run(plan.clips, decode):
+                ticker.tick.remote(1, int(isinstance(features, MediaError)))
+                yield featurise.feature_entry(clip, features, self._featuriser)
+
+        rows = list(entries())
+        write_shard(self._media, plan.name, (media[clip.source] for clip in plan.clips))
+        return write_shard(self._features, plan.name, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m pipeline.prepare`."""
+    return job_main(PrepareConfig, run, argv, command="prepare")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
