@@ -81,6 +81,8 @@ class Decoded:
     frames: UInt8[np.ndarray, "frames height width 3"]
     sound: np.ndarray | None
     """float32 [channels, samples]; None where only pictures are wanted."""
+    own_frames: int | None = None
+    """Frames that are the clip's own, if the last picture is held beyond them to fill a segment."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Featuriser:
                 if head.waiting:
                     return
                 rows = torch.stack(head.rows).unflatten(0, (len(head.crops), -1)).to("cpu", torch.float16).numpy()
-                yield head.item, Features(rows, head.codes, head.crops, len(head.decoded.frames))
+                yield head.item, Features(rows, head.codes, head.crops, head.decoded.own_frames or len(head.decoded.frames))
             else:
                 yield head
             queue.popleft()

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import encodec
 import ray
@@ -14,7 +13,7 @@ from ray.actor import ActorHandle
 from configs.load import job_main
 from model.weights import resolve
 from pipeline.discover import Clip
-from pipeline.features import Decoded, Features, FeatureOptions, Featuriser, networks_spec
+from pipeline.features import Decoded, Features, FeatureOptions, Featuriser, TowerOptions, networks_spec
 from pipeline.media import MediaError, decode
 from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
 from pipeline.reencode import JobOptions, media_libraries
@@ -38,9 +37,6 @@ class FeaturiseOptions(FeatureOptions, ActorOptions):
     """What an actor that holds the networks must know."""
 
 
-T = TypeVar("T", bound=FeaturiseOptions)
-
-
 @dataclass(frozen=True)
 class FeaturiseConfig(FeaturiseOptions, JobOptions):
     """Options of `soundshard featurise`."""
@@ -56,7 +52,7 @@ def run(config: FeaturiseConfig) -> Summary:
     media = Index.open(config.data, kind="media")
     plans = plans_of(media)  # feature shard N holds the clips of media shard N
     with cluster(config.ray):
-        config = settle_device(config)
+        config = replace(config, tower=settle_device(config.tower))
         info = feature_info(config, {"media_fingerprint": media.info.fingerprint}, plans)
         pool = actor_pool(FeaturiseActor, config)
         summary = run_shards(  # one shard per call, one call per actor at a time
@@ -147,12 +143,11 @@ class ActorPool:
         return self._last[actor]
 
 
-def settle_device(config: T) -> T:
-    """The configuration with `tower.device=auto` decided by what the cluster has, which the driver's own machine need not have."""
-    if config.tower.device != "auto":
-        return config
-    device = "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
-    return replace(config, tower=replace(config.tower, device=device))
+def settle_device(tower: TowerOptions) -> TowerOptions:
+    """The options with `device=auto` decided by what the cluster has, which the driver's own machine need not have."""
+    if tower.device != "auto":
+        return tower
+    return replace(tower, device="cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
 
 
 def actor_pool(actor_class: type, config: FeaturiseOptions, *arguments: str) -> ActorPool:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ def _run_fused(config: PrepareConfig, media: str, features: str) -> Summary:
     plans = plan_shards(discover(config), config.clips_per_shard)
     media_info = reencode.media_info(config, plans)
     with cluster(config.ray):
-        config = featurise.settle_device(config)
+        config = replace(config, tower=featurise.settle_device(config.tower))
         info = featurise.feature_info(config, {"media_fingerprint": media_info.fingerprint, "fused": True}, plans)
         create_or_check(media, media_info)
         pool = featurise.actor_pool(FusedActor, config, media, features)
