@@ -6,7 +6,8 @@ these load strictly; smaller sizes of the same network serve as stand-ins. This 
 frames as tensors, one segment at a time.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,8 +16,12 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from model.weights import load_state, load_strictly, resolve, save_state
+
 EPS = 1e-6
 """Of every layer norm of the tower."""
+PREFIXES = ("v_encoder.", "vfeat_extractor.", "visual_feature_extractor.")
+"""The tower's place in Segment AVCLIP's, Synchformer's and V-AURA's checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -228,3 +233,26 @@ class VisualTower(nn.Module):
         patches = self.norm(tokens[:, 1:])
         features = self.spatial_attn_agg(rearrange(patches, "n (t s) d -> (n t) s d", t=config.tokens))
         return rearrange(features, "(b segments t) d -> b segments t d", b=b, t=config.tokens)
+
+
+def save_tower(path: str | Path, tower: VisualTower) -> None:
+    """Writes a tower with its configuration to a .safetensors file."""
+    save_state(path, tower.state_dict(), {"kind": "visual_tower", **asdict(tower.config)})
+
+
+def load_tower(name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisualTower:
+    """The tower in a weights file, for inference: ours (any size), or the published Segment AVCLIP, Synchformer and V-AURA checkpoints.
+
+    `name_or_path` is a file or the name of published weights in the cache. Raises ValueError, with the names, if the file does not hold
+    exactly a tower.
+    """
+    path = resolve(name_or_path)
+    tensors, config = load_state(path)
+    if config is not None and config.pop("kind", None) != "visual_tower":
+        raise ValueError(f"{path}: holds another kind of network; expected a visual tower")
+    for prefix in PREFIXES:
+        if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
+            tensors = inside
+    tower = VisualTower(VisualTowerConfig(**config) if config else VisualTowerConfig())
+    load_strictly(tower, tensors, source=path)
+    return tower.to(device, dtype).requires_grad_(False).eval()

@@ -1,0 +1,426 @@
+"""Weights as files: reading them without trusting them, writing them reproducibly, and fetching the published ones.
+
+A published checkpoint is a pickle, and unpickling runs what the file says. Here a file's tensors and plain containers are taken, every
+other object becomes an inert placeholder, and nothing from the file is ever imported or called. Our own files are safetensors with the
+network's configuration in the metadata. This module knows names, bytes and addresses; which network a file belongs to is its loader's matter.
+"""
+
+import fcntl
+import hashlib
+import http.client
+import json
+import mmap
+import os
+import pickle
+import struct
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs.load import JobError, job_main
+
+# --- reading --------------------------------------------------------------------------------------------------------------------------
+
+
+DAMAGED = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ValueError,
+    ArithmeticError,
+    struct.error,
+)
+"""What reading a file that is not a checkpoint, or half of one, can raise."""
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors by name, and the configuration that the file carries (None for other people's files).
+
+    Reads .safetensors, and what torch.save writes since torch 1.6 (.pt, .pth, .ckpt, .th): the file's own dict of tensors, or the one
+    under `state_dict` or `model`, less DistributedDataParallel's `module.` prefix. The tensors of the latter are mapped from the file:
+    leave it in place while they live. Raises ValueError for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        root = _unpickle(path)
+    except DAMAGED as error:
+        raise ValueError(f"{path}: not a weights file of torch 1.6 or later, or damaged ({type(error).__name__}: {error})") from error
+    return _tensors_of(root, path), None
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            config = (file.metadata() or {}).get("config")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or damaged ({error})") from error
+    return tensors, None if config is None else json.loads(config)
+
+
+def _tensors_of(root: Any, path: Path) -> dict[str, Tensor]:
+    """The dict of tensors in a checkpoint's top level."""
+    if isinstance(root, Mapping):
+        inner = next((root[key] for key in ("state_dict", "model") if isinstance(root.get(key), Mapping)), root)
+        tensors = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        if tensors:
+            return {name.removeprefix("module."): t for name, t in tensors.items()} if all(n.startswith("module.") for n in tensors) else tensors
+    raise ValueError(f"{path}: holds no dict of tensors at its top level, nor under `state_dict` or `model`")
+
+
+class Placeholder:
+    """Stands for an object of a class that is not ours to run. Takes whatever the file puts into it and does nothing with it."""
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> "Placeholder":
+        return super().__new__(cls)
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
+
+    def __setstate__(self, _state: object) -> None: ...
+
+    def __setitem__(self, _key: object, _value: object) -> None: ...
+
+    def __call__(self, *_args: object, **_kwargs: object) -> "Placeholder":
+        return self
+
+    def append(self, _item: object) -> None: ...
+
+    def extend(self, _items: object) -> None: ...
+
+    def add(self, _item: object) -> None: ...
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Resolves a name in the file to one of our own few functions or types, or to a placeholder made for it; imports nothing."""
+
+    def __init__(self, file: Any, storage: Callable[[torch.dtype, str, int], Tensor]) -> None:
+        super().__init__(file)
+        self._storage = storage
+        # Functions made for this file alone: a pickle can set attributes of the objects it is handed.
+        self._allowed: dict[tuple[str, str], Any] = {
+            ("torch._utils", "_rebuild_tensor_v2"): lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+            ("torch", "Size"): lambda sizes=(): tuple(sizes),
+            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "defaultdict"): lambda *_: {},
+            ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
+            ("builtins", "set"): lambda items=(): set(items),
+            ("__builtin__", "set"): lambda items=(): set(items),
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        return self._allowed.get((module, name)) or type("Placeholder", (Placeholder,), {"__doc__": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage, as a flat tensor. `pid` is ("storage", dtype, record's name, device, count)."""
+        _kind, dtype, key, _device, count = pid
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"a tensor of an unknown type ({dtype})")
+        return self._storage(dtype, key, count)
+
+
+def _unpickle(path: Path) -> Any:
+    """The object that torch.save wrote: a zip of `data.pkl` and one uncompressed record per storage."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        names = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
+        if "constants.pkl" in names:
+            raise pickle.UnpicklingError("it is a TorchScript program; weights are expected")
+        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+            raise pickle.UnpicklingError("it was written on a big-endian machine")
+        # A private mapping: pages are read when a tensor is used, so that an optimizer's state costs nothing.
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+        def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
+            if count == 0:
+                return torch.empty(0, dtype=dtype)
+            record = names[f"data/{key}"]
+            name_bytes, extra_bytes = struct.unpack_from("<HH", pages, record.header_offset + 26)
+            start = record.header_offset + 30 + name_bytes + extra_bytes
+            if record.compress_type != zipfile.ZIP_STORED or count * dtype.itemsize > record.file_size:
+                raise pickle.UnpicklingError(f"record data/{key} is compressed or too short")
+            return torch.frombuffer(pages, dtype=dtype, count=count, offset=start)
+
+        with archive.open(names["data.pkl"]) as data:
+            return _RestrictedUnpickler(data, storage).load()
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Copies tensors into a module; raises ValueError naming what is missing, unexpected or of another shape, and then copies nothing."""
+    own = module.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(t.shape)}"
+            for name, t in own.items()
+            if name in tensors and tensors[name].shape != t.shape
+        ],
+    }
+    told = [f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for what, names in problems.items() if names]
+    if told:
+        raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(told))
+    module.load_state_dict(tensors)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------------------
+
+
+def save_state(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes tensors and a configuration (plain values) to a .safetensors file: all of it or nothing, the same bytes for the same input."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: weights are written as .safetensors")
+    plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    payload = safetensors.torch.save(plain, metadata={"config": json.dumps(config, sort_keys=True)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with temporary.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    return _digest(Path(path), "sha256")
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+# --- published files ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published file: where it is, what it should hash to (as many leading digits as were published) and what it is."""
+
+    url: str
+    file: str
+    what: str
+    md5: str = ""
+    sha256: str = ""
+
+
+SYNC_MODELS = "https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a/sync/sync_models"
+ENCODEC = "https://dl.fbaipublicfiles.com/encodec/v0"
+KNOWN: dict[str, Artifact] = {
+    "avclip": Artifact(
+        f"{SYNC_MODELS}/23-12-22T16-10-50/checkpoints/epoch_best.pt",
+        "avclip-vggsound.pt",
+        "Segment AVCLIP, VGGSound (V-AURA's features)",
+        md5="a9979df",
+    ),
+    "avclip-audioset": Artifact(
+        f"{SYNC_MODELS}/23-12-22T16-13-38/checkpoints/epoch_best.pt", "avclip-audioset.pt", "Segment AVCLIP, AudioSet", md5="4a566f2"
+    ),
+    "avclip-lrs3": Artifact(
+        f"{SYNC_MODELS}/23-12-22T16-04-18/checkpoints/epoch_best.pt", "avclip-lrs3.pt", "Segment AVCLIP, LRS3 (speech)", md5="20b6e55"
+    ),
+    "synchformer-mmaudio": Artifact(
+        "https://github.com/hkchengrex/MMAudio/releases/download/v0.1/synchformer_state_dict.pth",
+        "synchformer-mmaudio.pth",
+        "Synchformer as published again with MMAudio (both towers; 907 MB)",
+        md5="5b2f5594b0730f70e41e549b7c94390c",
+    ),
+    "encodec24": Artifact(f"{ENCODEC}/encodec_24khz-d7cc33bc.th", "encodec_24khz-d7cc33bc.th", "EnCodec 24 kHz, mono", sha256="d7cc33bc"),
+    "encodec48": Artifact(f"{ENCODEC}/encodec_48khz-7e698e3e.th", "encodec_48khz-7e698e3e.th", "EnCodec 48 kHz, stereo", sha256="7e698e3e"),
+}
+
+
+def cache_dir() -> Path:
+    """Where fetched weights live: $SOUNDSHARD_CACHE, or ~/.cache/soundshard."""
+    return Path(os.environ.get("SOUNDSHARD_CACHE") or Path.home() / ".cache" / "soundshard")
+
+
+def known(name: str) -> Artifact:
+    """The published artifact called `name`; ValueError with the names there are."""
+    if name not in KNOWN:
+        raise ValueError(f"there are no published weights called {name!r}; known are {', '.join(KNOWN)}")
+    return KNOWN[name]
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """A weights file from its path, or a published one's name if it is in the cache. Downloads nothing."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if str(name_or_path) not in KNOWN:
+        raise ValueError(f"{name_or_path}: neither a file nor one of the published weights ({', '.join(KNOWN)})")
+    cached = cache_dir() / KNOWN[str(name_or_path)].file
+    if not cached.is_file():
+        raise FileNotFoundError(
+            f"{name_or_path}: not in the cache; `soundshard weights get={name_or_path}` fetches it, "
+            f"or put {KNOWN[str(name_or_path)].url} at {cached} by hand"
+        )
+    return cached
+
+
+def fetch(name: str, *, url: str | None = None, retries: int = 3, progress: bool = True) -> Path:
+    """The cached file of a published artifact, downloaded if it is not there: resumed where a download broke off, checked, then put in place.
+
+    `url` is another address for the same bytes (a mirror). Raises ConnectionError if the address cannot be reached or keeps breaking off,
+    ValueError if the bytes are not the published ones (they are then thrown away).
+    """
+    artifact = known(name)
+    url, path = url or artifact.url, cache_dir() / artifact.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.with_name(f"{path.name}.lock")):
+        if path.is_file():
+            return path
+        part = path.with_name(f"{path.name}.part")
+        by_hand = f"or put the file at {path} by hand"
+        _download(url, part, label=name, by_hand=by_hand, retries=retries, progress=progress)
+        for algorithm in ("md5", "sha256"):
+            expected, found = getattr(artifact, algorithm), _digest(part, algorithm)
+            if not found.startswith(expected):
+                part.unlink()
+                raise ValueError(f"{url}: {algorithm} is {found}, published is {expected}...; threw the bytes away: try again, {by_hand}")
+        part.replace(path)
+    return path
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Several processes may want the same file: one downloads, the others wait and find it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(url: str, part: Path, *, label: str, by_hand: str, retries: int, progress: bool) -> None:
+    """Bytes of `url` into `part`, going on from what is there. Gives up after `retries` tries in a row that brought nothing."""
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        trouble = ""
+        try:
+            if _download_once(url, part, label=label, progress=progress):
+                return
+            trouble = "the connection was cut"
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise ConnectionError(f"{url}: the server says {error.code} {error.reason}; {by_hand}") from error
+            trouble = f"the server says {error.code} {error.reason}"
+        except (OSError, http.client.HTTPException) as error:
+            trouble = str(getattr(error, "reason", None) or error or type(error).__name__)
+        have = part.stat().st_size if part.exists() else 0
+        failures = 0 if have > before else failures + 1
+        if failures > retries:
+            kept = f"the {have:,} bytes that came are kept and the same command goes on from there" if have else "try again with a network"
+            raise ConnectionError(f"{url}: cannot be fetched ({trouble}); {kept}, {by_hand}")
+        time.sleep(min(failures, 3))
+
+
+def _download_once(url: str, part: Path, *, label: str, progress: bool) -> bool:
+    """One request for what is missing of `part`; whether it is whole afterwards."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        # Nothing is missing, or the file there is another one now: then from the start.
+        whole = error.headers.get("Content-Range", "").rpartition("/")[2] == str(have)
+        if not whole:
+            part.unlink()
+        return whole
+    with response:
+        start = have if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        with (
+            part.open("r+b" if start else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=label, disable=not progress) as bar,
+        ):
+            file.seek(start)
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            file.truncate()
+            return total is None or file.tell() == total
+
+
+# --- the job --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Options of `soundshard weights`."""
+
+    get: str = ""
+    """Names of the published weights to fetch, with commas between them; without any, the job lists what there is."""
+    url: str | None = None
+    """Another address for the same bytes (a mirror); with a single name only."""
+
+
+def run(config: WeightsConfig) -> list[Path]:
+    """Fetch published weights into the cache ($SOUNDSHARD_CACHE or ~/.cache/soundshard), or list what is published and what is there."""
+    names = [name.strip() for name in config.get.split(",") if name.strip()]
+    if config.url and len(names) != 1:
+        raise ValueError(f"url={config.url} is the address of one file; get= names {len(names)}")
+    try:
+        paths = [fetch(name, url=config.url) for name in names]
+    except ConnectionError as error:
+        raise JobError(str(error)) from error
+    for path in paths:
+        print(path)
+    if not names:
+        for name, artifact in KNOWN.items():
+            state = "cached" if (cache_dir() / artifact.file).is_file() else "not here"
+            print(f"{name:20} {state:8}  {artifact.what}\n{'':30}{artifact.url}")
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`soundshard weights [get=NAME,...]`."""
+    return job_main(WeightsConfig, run, argv, command="weights", positional="get")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
