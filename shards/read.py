@@ -30,14 +30,19 @@ class Members:
     offset: np.ndarray
     """Of the payload in its tar; -1 where the sample has no such member."""
     size: np.ndarray
-    shape: np.ndarray | None = None
-    """[samples, dimensions] for npy members."""
-    dtype: np.dtype | None = None
+
+
+@dataclass(frozen=True)
+class ArrayMembers(Members):
+    """The same for an npy member, which is viewed in place. Shapes may differ, the dtype and the number of dimensions may not."""
+
+    shape: np.ndarray
+    """[samples, dimensions]."""
+    dtype: np.dtype
 
     @cached_property
     def data_offset(self) -> np.ndarray:
         """Of the array's first byte: an npy payload is a header and then the array, to its end."""
-        assert self.shape is not None and self.dtype is not None
         return self.offset + self.size - self.shape.prod(axis=1) * self.dtype.itemsize
 
 
@@ -102,7 +107,7 @@ class Index:
     def member(self, row: int, extension: str) -> np.ndarray:
         """The npy member of a sample as a read-only view into the mapped tar."""
         members = self._members_of(row, extension)
-        if members.shape is None or members.dtype is None:
+        if not isinstance(members, ArrayMembers):
             raise ValueError(f"member {extension!r} is no npy array; read it with Index.bytes")
         return np.ndarray(tuple(members.shape[row]), members.dtype, buffer=self.mapped(int(self.shard_of[row])), offset=int(members.data_offset[row]))
 
@@ -123,6 +128,7 @@ class Index:
                 self._maps.popitem(last=False)
         return found
 
+    @cached_property
     def content(self) -> str:
         """A hash of which samples these are and where they lie: with the fingerprint, what a position in an order of them means."""
         digest = hashlib.sha256("\n".join([*self.shards, *self.keys.to_pylist()]).encode())
@@ -192,4 +198,4 @@ def _members(good: pa.Table, extension: str) -> Members:
         raise ValueError(f"member {extension!r} is not of one kind in this dataset: dtypes {dtypes}, numbers of dimensions {ranks}")
     shape = np.zeros((good.num_rows, ranks[0]), np.int64)
     shape[offset >= 0] = shapes.flatten().to_numpy().reshape(-1, ranks[0])
-    return Members(offset, size, shape, np.dtype(dtypes[0]))
+    return ArrayMembers(offset, size, shape, np.dtype(dtypes[0]))

@@ -60,7 +60,7 @@ def test_a_split_has_its_own_rows(root):
     index = Index.open(root, "val")
     assert (index.ok, index.failed, index.shards) == (1, 1, ["val-000000"])
     assert json.loads(index.bytes(0, "json")) == {"number": 8}
-    assert Index.open(root, "train").content() != index.content()
+    assert Index.open(root, "train").content != index.content
     with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
         Index.open(root, "test")
 
@@ -79,11 +79,11 @@ def test_a_stale_or_incomplete_manifest_is_not_trusted(root):
 
 
 def test_content_is_the_samples_not_the_place(root, tmp_path):
-    before = Index.open(root).content()
+    before = Index.open(root).content
     root.rename(tmp_path / "elsewhere")
-    assert Index.open(tmp_path / "elsewhere").content() == before
+    assert Index.open(tmp_path / "elsewhere").content == before
     write_shard(tmp_path / "elsewhere", "train-000000", [good(1), bad(2), replace(good(3), key="clip_4")])
-    assert Index.open(tmp_path / "elsewhere").content() != before
+    assert Index.open(tmp_path / "elsewhere").content != before
 
 
 def test_what_does_not_fit_is_refused(root):
