@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from configs.load import job_main
 from model.weights import resolve
 from pipeline.discover import Clip
-from pipeline.features import Decoded, Features, FeatureOptions, Featuriser, TowerOptions, networks_spec
+from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, TowerOptions, networks_spec
 from pipeline.media import MediaError, decode
 from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
 from pipeline.reencode import JobOptions, media_libraries

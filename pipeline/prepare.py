@@ -3,16 +3,20 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
+import av
+import numpy as np
 from ray.actor import ActorHandle
 
 from configs.load import job_main
 from pipeline import featurise, reencode
+from pipeline.decode import channel_layout
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import Decoded, Featuriser
-from pipeline.media import MediaError, decode_encoded
+from pipeline.media import MediaError
 from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, plan_shards, run_shards
 from shards.dataset import create_or_check
 from shards.write import Entry, Outcome, write_manifest, write_shard
@@ -73,16 +77,17 @@ class FusedActor:
 
         def decode(clip: Clip) -> Decoded:
             """In a decoding thread: encode the clip and hand its pictures and sound on."""
-            encoded, frames, sound = reencode.Encoded(None, clip.reason, clip.message), None, None
+            encoded = reencode.Encoded(None, clip.reason, clip.message)
             if not clip.reason:
                 encoded = reencode.encode_clip(clip, self._config.encode, keep_frames=True)
-            if encoded.clip is not None:
-                rate, channels = self._featuriser.decode_rates() or (0, 0)
-                frames, sound = decode_encoded(encoded.clip, sample_rate_hz=rate, channels=channels)
             media[clip.source] = reencode.media_entry(clip, encoded)
-            if frames is None:
-                raise MediaError(encoded.reason or "undecodable", encoded.message or "")
-            return Decoded(frames, sound)
+            if encoded.clip is None:
+                assert encoded.reason is not None
+                raise MediaError(encoded.reason, encoded.message or "")
+            pictures, audio = encoded.clip.pictures, encoded.clip.audio
+            assert pictures is not None and audio is not None
+            rate, channels = self._featuriser.decode_rates() or (0, 0)
+            return Decoded(pictures, resampled(audio, encoded.clip.sample_rate_hz, rate, channels))
 
         def entries() -> Iterator[Entry]:
             for clip, features in self._featuriser.run(plan.clips, decode):
@@ -92,6 +97,16 @@ class FusedActor:
         rows = list(entries())
         write_shard(self._media, plan.name, (media[clip.source] for clip in plan.clips))
         return write_shard(self._features, plan.name, rows)
+
+
+def resampled(audio: np.ndarray, from_hz: int, to_hz: int, channels: int) -> np.ndarray:
+    """float32 [channels, samples] at another rate, by the resampler that decoding uses."""
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio), format="fltp", layout=channel_layout(audio.shape[0]))
+    frame.sample_rate = from_hz
+    resampler = av.AudioResampler(format="fltp", layout=channel_layout(channels), rate=to_hz)
+    wave = np.concatenate([part.to_ndarray() for part in (*resampler.resample(frame), *resampler.resample(None))], axis=1)
+    wanted = round(Fraction(audio.shape[1], from_hz) * to_hz)
+    return np.pad(wave, ((0, 0), (0, max(0, wanted - wave.shape[1]))))[:, :wanted]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import av
 import ray
@@ -52,7 +51,12 @@ def run(config: ReencodeConfig) -> Summary:
     plans = plan_shards(discover(config), config.clips_per_shard)  # one row per input from here to the end
     with cluster(config.ray):
         summary = run_shards(  # one encode task per clip, one write per shard
-            config.out, media_info(config, plans), plans, lambda plan, ticker: submit(plan, ticker, config), in_flight=config.in_flight, stage="reencode"
+            config.out,
+            media_info(config, plans),
+            plans,
+            lambda plan, ticker: submit(plan, ticker, config),
+            in_flight=config.in_flight,
+            stage="reencode",
         )
     finish(summary, stage="reencode", out=config.out, max_failed_fraction=config.max_failed_fraction)
     return summary
@@ -127,8 +131,7 @@ def media_entry(clip: Clip, encoded: Encoded) -> Entry:
     """The ledger row and, for a good clip, the members `KEY.mp4` and `KEY.json`."""
     if encoded.clip is None:
         return Entry(clip.key, clip.split, clip.label, clip.source, reason=encoded.reason, message=encoded.message)
-    facts: dict[str, Any] = {k: v for k, v in asdict(encoded.clip).items() if k not in ("mp4", "pictures", "sound")}
-    described = json_bytes({"key": clip.key, "split": clip.split, "label": clip.label, **facts})
+    described = json_bytes({"key": clip.key, "split": clip.split, "label": clip.label, **encoded.clip.record()})
     return Entry(clip.key, clip.split, clip.label, clip.source, encoded.clip.duration_seconds, {"mp4": encoded.clip.mp4, "json": described})
 
 

@@ -1,4 +1,4 @@
-"""Views of a clip: which crop of its pictures the visual tower sees. View 0 is the centre; further views keep the augmentation that caching would cost."""
+"""Views of a clip: which crop of its pictures the tower sees. View 0 is the centre; others keep the augmentation that caching would cost."""
 
 import hashlib
 from dataclasses import dataclass

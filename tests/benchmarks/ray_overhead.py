@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.ray_overhead [clips=512] [megabytes=2]
 
-Each clip is a record of `megabytes` that appears at once, so that what is measured is the scheduling, the object store and the progress counting.
-The last line is JSON. `encode_seconds` is what one real clip of 10 s costs (tests/benchmarks/reencode.py); the overhead is also given as a share of it.
+Each clip is a record of `megabytes` that appears at once, so that what is measured is the scheduling, the object store and the progress
+counting. The last line is JSON; the overhead is also given as a share of a real clip's encode (tests/benchmarks/reencode.py).
 """
 
 import json
@@ -62,8 +62,14 @@ def main(argv: list[str]) -> None:
         def submit(plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
             return write.remote(f"{folder}/ray", plan, [make.remote(megabytes, ticker) for _ in plan.clips])
 
-        run_shards(f"{folder}/warm", info("warm"), plans[:1], lambda p, t: write.remote(f"{folder}/warm", p, [make.remote(0, t) for _ in p.clips]),
-                   in_flight=1, stage="warm-up")
+        run_shards(
+            f"{folder}/warm",
+            info("warm"),
+            plans[:1],
+            lambda p, t: write.remote(f"{folder}/warm", p, [make.remote(0, t) for _ in p.clips]),
+            in_flight=1,
+            stage="warm-up",
+        )
         started = time.perf_counter()
         run_shards(f"{folder}/ray", info("ray"), plans, submit, in_flight=4, stage="ray")
         with_ray = time.perf_counter() - started

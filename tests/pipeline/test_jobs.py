@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.pipeline.clips import make_clip
 from tests.pipeline.networks import small_networks
 
 GOOD = 12
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +41,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 inputs, of which 8 are bad in different ways."""
     folder = tmp_path_factory.mktemp("inputs")
     for number in range(GOOD):
-        make_clip(folder / f"good{number:02d}.{('mp4', 'mkv')[number % 2]}", container=("mp4", "mkv")[number % 2], flash_picture=12 + number, seconds=2)
+        make_clip(
+            folder / f"good{number:02d}.{('mp4', 'mkv')[number % 2]}", container=("mp4", "mkv")[number % 2], flash_picture=12 + number, seconds=2
+        )
     (folder / "empty.mp4").write_bytes(b"")
     whole = (folder / "good00.mp4").read_bytes()
     (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 3])
     (folder / "text.mp4").write_text("this was never a video\n" * 100)
     make_clip(folder / "video_only.mp4", audio_codec=None)
     make_clip(folder / "audio_only.mp4", video_codec=None)
-    make_clip(folder / "short.mp4", seconds=replace_fraction(0.2), flash_picture=1)
+    make_clip(folder / "short.mp4", seconds=Fraction(1, 5), flash_picture=1)
     (folder / "again").mkdir()
     shutil.copy(folder / "good01.mkv", folder / "again" / "good01.mkv")
-    (folder / "unreadable.mp4").mkdir()  # a name that cannot be opened as a file, whoever runs the test (root reads everything)
+    (folder / "unreadable.mp4").symlink_to(folder / "unreadable.mp4")  # cannot be opened, whoever runs the test (root reads every real file)
     return folder
-
-
-def replace_fraction(seconds: float):
-    from fractions import Fraction
-
-    return Fraction(seconds).limit_denominator(100)
 
 
 def config(inputs: Path, out: Path, networks: dict[str, str], **changes) -> prepare.PrepareConfig:
@@ -75,7 +73,7 @@ def config(inputs: Path, out: Path, networks: dict[str, str], **changes) -> prep
 
 
 @pytest.fixture(scope="module")
-def prepared(inputs: Path, networks: dict[str, str], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def prepared(inputs: Path, networks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
     prepare.run(config(inputs, out, networks))
     return out
@@ -89,7 +87,7 @@ def digests(out: Path) -> dict[str, str]:
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
-def test_every_input_ends_in_one_row(prepared: Path, inputs: Path) -> None:
+def test_every_input_ends_in_one_row(prepared: Path) -> None:
     expected = {
         "empty": "empty",
         "truncated": "truncated",
@@ -108,7 +106,6 @@ def test_every_input_ends_in_one_row(prepared: Path, inputs: Path) -> None:
         assert sorted(row["key"] for row in table if row["status"] == "ok") == [f"good{n:02d}" for n in range(GOOD)]
         assert all(row["message"] for row in failed)
         assert len({row["source"] for row in table}) == 20
-    del inputs
 
 
 def test_good_clips_are_intact_and_features_are_those_of_the_stored_clip(prepared: Path, networks: dict[str, str]) -> None:
@@ -177,9 +174,7 @@ def test_a_rerun_does_nothing_and_other_inputs_are_refused(
         prepare.run(config(inputs, prepared, networks, encode=EncodeConfig(short_side=64, preset="ultrafast", crf=30)))
 
 
-def test_too_many_failures_end_in_status_1_and_keep_what_is_done(
-    inputs: Path, networks: dict[str, str], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_many_failures_end_in_status_1_and_keep_what_is_done(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"source={inputs}", f"out={tmp_path}", "encode.short_side=64", "encode.preset=ultrafast", "clips_per_shard=50"]
     assert cli.main(["reencode", *arguments, "max_failed_fraction=0.1"]) == 1
     printed = capsys.readouterr()
@@ -204,7 +199,9 @@ def test_views_keep_the_centre_crop_first(prepared: Path, networks: dict[str, st
     assert different >= 2 * GOOD - 3
 
 
-def test_fused_stages_give_the_same_media_and_nearly_the_same_features(prepared: Path, inputs: Path, networks: dict[str, str], tmp_path: Path) -> None:
+def test_fused_stages_give_the_same_media_and_nearly_the_same_features(
+    prepared: Path, inputs: Path, networks: dict[str, str], tmp_path: Path
+) -> None:
     prepare.run(config(inputs, tmp_path, networks, fused=True, actors=2))
     for tar in (prepared / "media").glob("*.tar"):
         assert (tmp_path / "media" / tar.name).read_bytes() == tar.read_bytes()
