@@ -1,0 +1,49 @@
+"""Small feature datasets made by program, and a training configuration small enough for them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.load import load
+from model.weights import sha256_file
+from shards.dataset import create_or_check, new_info
+from shards.write import Entry, write_manifest, write_shard
+from train.vaura import TrainConfig
+
+WIDTH, CODEBOOKS, CARD, SEGMENTS = 5, 3, 11, 5
+"""Features' width, codebooks, codes; segments of a clip on the grid without overlap."""
+
+
+def write_features(root: Path, *, clips: int = 24, validation: int = 0, weights: Path | None = None, **spec: Any) -> Path:
+    """A feature dataset on EnCodec's clock: `clips` training clips in shards of 7, and validation clips if asked for. Deterministic."""
+    codec = {"name": "encodec24", "sample_rate_hz": 24000, "hop_samples": 320, "channels": 1, "codebooks": CODEBOOKS, "card": CARD}
+    described = {"hop_frames": 16, "views": 1, "tower": {"config": {"width": WIDTH}, "weights_sha256": "0" * 64}, "codec": codec, **spec}
+    provenance = {"weights": {"tower": {"path": str(weights), "sha256": sha256_file(weights)}}} if weights else {}
+    create_or_check(root, new_info("features", described, provenance))
+    for split, count in (("train", clips), ("validation", validation)):
+        entries = [_entry(split, number) for number in range(count)]
+        for shard, first in enumerate(range(0, count, 7)):
+            write_shard(root, f"{split}-{shard:06d}", entries[first : first + 7])
+    write_manifest(root)
+    return root
+
+
+def _entry(split: str, number: int) -> Entry:
+    draw = np.random.default_rng([number, split == "validation"])
+    avclip = draw.normal(size=(1, SEGMENTS, 8, WIDTH)).astype(np.float16)
+    codes = draw.integers(CARD, size=(CODEBOOKS, SEGMENTS * 48), dtype=np.uint16)
+    members = {"avclip.npy": avclip, "encodec24.npy": codes, "json": b"{}"}
+    return Entry(f"{split}{number}", split, None, f"{split}{number}.mp4", duration_seconds=SEGMENTS * 0.64, members=members)
+
+
+SMALL = (
+    "model.layers=2 model.width=24 model.visual_width=8 model.heads=3 model.codebook_dim=4 stream.segments=2 stream.batch_size=6 "
+    "schedule.warmup_steps=3 optimiser.learning_rate=0.01 trainer.max_steps=8 trainer.log_every=3 trainer.accelerator=cpu trainer.devices=1 "
+    "trainer.precision=32-true trainer.progress=false"
+).split()
+
+
+def small_config(data: Path, out: Path, *options: str) -> TrainConfig:
+    """A configuration that trains in a second or two."""
+    return load(TrainConfig, [*SMALL, f"data={data}", f"out={out}", *options])

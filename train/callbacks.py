@@ -1,0 +1,321 @@
+"""What happens beside the steps: losses and speeds are logged, checkpoints and weights saved, signals obeyed.
+
+Knows Lightning's hooks and the run folder. Knows no model's insides: a training step hands out `loss` and `per_codebook`, and that is what is logged.
+"""
+# ruff: noqa: ARG002 - Lightning decides the hooks' arguments
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.load import JobError
+from model.run_folder import BEST, LAST, RunConfig, copy_weights, write_config, write_model
+from model.vaura import Vaura
+from train.data import TrainLoader
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """At which optimiser steps (counted from 1) something is due."""
+
+    log_every: int
+    checkpoint_every: int
+    keep_every: int
+    validate_every: int
+    max_steps: int
+
+    def checkpoint(self, step: int) -> bool:
+        """Every `checkpoint_every`, at the end, and before each validation, which may be long: a stop in it then loses nothing."""
+        return step == self.max_steps or any(every and step % every == 0 for every in (self.checkpoint_every, self.keep_every, self.validate_every))
+
+    def keep(self, step: int) -> bool:
+        return self.keep_every > 0 and step % self.keep_every == 0
+
+    def log(self, step: int) -> bool:
+        """The first step, every `log_every`, and wherever a checkpoint is: so an interval's sums never need saving, and no bad loss is saved."""
+        return step == 1 or step % self.log_every == 0 or self.checkpoint(step)
+
+
+class Stopwatch:
+    """Seconds of training since it was last read: what validation and checkpoints took is forgotten."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def forget(self, seconds: float) -> None:
+        self._start += seconds
+
+    def read(self) -> float:
+        """The seconds so far; starts again from 0."""
+        now = time.perf_counter()
+        self._start, seconds = now, now - self._start
+        return seconds
+
+
+class Losses:
+    """A mean of per-codebook losses over steps (or samples) and ranks, summed where it is computed, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, per_codebook: Tensor, weight: float = 1.0) -> None:
+        weighted = per_codebook.detach().float() * weight
+        self._sum = weighted if self._sum is None else self._sum + weighted
+        self._weight += weight
+
+    def take(self, trainer: Trainer, codebooks: int, *more: float) -> tuple[list[float], float, list[float]]:
+        """The mean over all ranks, its weight, and the sums of further figures; starts again from nothing.
+
+        Waits for the device. Every rank must call it, those too that added nothing: an uneven validation gives some rank a batch less.
+        """
+        device = trainer.strategy.root_device
+        summed = torch.zeros(codebooks, device=device) if self._sum is None else self._sum
+        values = torch.cat([summed, torch.tensor([self._weight, *more], device=device)])
+        self._sum, self._weight = None, 0.0
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(values)
+        figures = values.tolist()
+        weight = figures[codebooks]
+        return [total / max(weight, 1.0) for total in figures[:codebooks]], weight, figures[codebooks + 1 :]
+
+
+class Metrics(Callback):
+    """Losses, learning rate and speeds: to TensorBoard, to `metrics.jsonl` and to a progress bar, at the cadence; nothing on other steps."""
+
+    def __init__(self, folder: Path, cadence: Cadence, *, batch_size: int, codebooks: int, start_step: int, bar: bool) -> None:
+        self.stopwatch = Stopwatch()
+        self._folder, self._cadence, self._batch_size, self._codebooks, self._start_step, self._show = (
+            folder, cadence, batch_size, codebooks, start_step, bar,
+        )  # fmt: skip
+        self._train, self._validation = Losses(), Losses()
+        self._steps = 0
+        self._validation_began = 0.0
+        self._bar: tqdm | None = None
+        self.validation_loss = math.inf
+        """The latest validation's."""
+        self.best = math.inf
+        """The smallest validation loss before that one, in this run's earlier processes too."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rows after the checkpoint that training resumes from are dropped: their steps come again."""
+        path = self._folder / METRICS
+        rows = [r for r in read_metrics(self._folder) if r["step"] <= self._start_step]
+        self.best = min((r["loss"] for r in rows if r["split"] == "validation"), default=math.inf)
+        if trainer.is_global_zero:
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+            os.replace(temporary, path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._show and trainer.is_global_zero:
+            # A log file gets a line now and then instead of a bar that redraws itself.
+            self._bar = tqdm(
+                total=self._cadence.max_steps, initial=trainer.global_step, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 20
+            )
+        self.stopwatch.read()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._train.add(outputs["per_codebook"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._steps += 1
+        if self._bar is not None:
+            self._bar.update()
+        if self._cadence.log(trainer.global_step):
+            self._log_training(trainer)
+
+    def _log_training(self, trainer: Trainer) -> None:
+        loader = cast(TrainLoader, trainer.train_dataloader)
+        per_codebook, _, (waited,) = self._train.take(trainer, self._codebooks, loader.take_wait_seconds())
+        seconds, steps, self._steps = self.stopwatch.read(), self._steps, 0
+        loss = sum(per_codebook) / len(per_codebook)
+        row = {
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "samples_per_second": steps * self._batch_size / seconds,
+            "data_wait_fraction": waited / trainer.world_size / seconds,
+        }
+        self._write(trainer, "train", loss, per_codebook, row)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {row['samples_per_second']:.1f} samples/s", refresh=False)
+        if not math.isfinite(loss):
+            raise JobError(
+                f"the loss is {loss} at step {trainer.global_step}; nothing was saved after the last checkpoint: resume from an earlier one "
+                "(trainer.ckpt_path=) with a smaller optimiser.learning_rate, or train with trainer.precision=32-true"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_began = time.perf_counter()
+        if self._bar is not None:
+            self._bar.set_description("validate")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._validation.add(outputs["per_codebook"], weight=float(len(batch.codes)))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        per_codebook, samples, _ = self._validation.take(trainer, self._codebooks)
+        loss = sum(per_codebook) / len(per_codebook)
+        seconds = time.perf_counter() - self._validation_began
+        self._write(trainer, "validation", loss, per_codebook, {"samples": int(samples), "samples_per_second": samples / seconds})
+        if self._bar is not None:
+            self._bar.set_description("train")
+            self._bar.write(f"step {trainer.global_step}: validation loss {loss:.4f}", file=sys.stderr)
+        self.best, self.validation_loss = min(self.best, self.validation_loss), loss
+        self.stopwatch.forget(seconds)
+
+    def _write(self, trainer: Trainer, split: str, loss: float, per_codebook: list[float], more: Mapping[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        row = {"step": trainer.global_step, "split": split, "loss": loss, "per_codebook": per_codebook, **more}
+        with (self._folder / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if trainer.logger is not None:
+            curves = {f"{split}/loss": loss, **{f"{split}/loss_codebook_{k}": value for k, value in enumerate(per_codebook)}}
+            trainer.logger.log_metrics({**curves, **{f"{split}/{name}": value for name, value in more.items()}}, step=trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`: `step`, `split` (train or validation), `loss`, `per_codebook` and speeds. A line cut short is left out."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal asked for the end, and the last checkpoint is written."""
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask for an orderly end: the step under way is finished and saved. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def install(self, children: _SubprocessScriptLauncher | None) -> None:
+        """Take the signals over, from Lightning too: its handler broadcasts between ranks from within a signal, which can deadlock."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def handle(signal_number: int, _frame: FrameType | None) -> None:
+            if self.received and signal_number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if children is not None and signal_number == signal.SIGTERM:
+                # A terminal sends Ctrl-C to every process by itself; a scheduler may send SIGTERM to the first one only.
+                children.kill(signal_number)
+            self.received = True
+            print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)", file=sys.stderr)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, handle)
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class Checkpoints(Callback):
+    """The run folder: `config.yaml` at the start, then Lightning checkpoints in `checkpoints/` and the decoder's weights alone beside them.
+
+    `last` is the latest, `best` that of the smallest validation loss, `step-...` those to keep.
+    """
+
+    def __init__(self, folder: Path, cadence: Cadence, metrics: Metrics, described: RunConfig, *, copy_weights: bool) -> None:
+        self._run, self._folder, self._cadence, self._metrics = folder, folder / CHECKPOINTS, cadence, metrics
+        self._described, self._copy_weights = described, copy_weights
+        self._signals = StopSignals()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        described, problems = copy_weights(self._run, self._described) if self._copy_weights else (self._described, [])
+        for problem in problems:
+            print(f"not copied into the run folder: {problem}", file=sys.stderr)
+        write_config(self._run, described)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        launcher = trainer.strategy.launcher
+        self._signals.install(launcher if isinstance(launcher, _SubprocessScriptLauncher) else None)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        stop = self._must_stop(trainer, step)
+        if stop or self._cadence.checkpoint(step):
+            self._save(trainer, pl_module, "last", LAST)
+        if self._cadence.keep(step) and trainer.is_global_zero:
+            _link(self._folder / "last.ckpt", self._folder / f"step-{step:09d}.ckpt")
+        if stop and step < self._cadence.max_steps:
+            raise Stopped
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # This step's checkpoint is written. Ranks have their own number of batches here and cannot agree to stop; alone, there is no need to.
+        if self._signals.received and trainer.world_size == 1:
+            raise Stopped
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._metrics.validation_loss < self._metrics.best:
+            self._save(trainer, pl_module, "best", BEST)
+
+    def _must_stop(self, trainer: Trainer, step: int) -> bool:
+        """Whether a signal came, to any rank. Ranks ask each other only where they wait for each other anyway: when losses are logged."""
+        if trainer.world_size == 1:
+            return self._signals.received
+        if not self._cadence.log(step):
+            return False
+        received = torch.tensor(int(self._signals.received), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(received)
+        return bool(received.item())
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: str, weights: str) -> None:
+        began = time.perf_counter()
+        path = self._folder / f"{checkpoint}.ckpt"
+        temporary = path.with_name(f".{path.name}.tmp")
+        trainer.save_checkpoint(temporary)  # every rank calls it, the first writes
+        if trainer.is_global_zero:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            write_model(self._run, cast(Vaura, pl_module.model), name=weights)
+        self._metrics.stopwatch.forget(time.perf_counter() - began)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._signals.restore()
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file that is only ever replaced, or a copy where the file system has no hard links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)

@@ -1,0 +1,114 @@
+"""What Lightning iterates over: the feature stream without worker processes, and how long training waited for it.
+
+Knows `shards.stream` and Lightning's rules for loaders. Knows no model; a batch is features and codes.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float16, Int64
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from shards.read import Index
+from shards.stream import FeatureStream, StreamConfig
+
+ENDLESS = 2**40
+"""The stream has no end. Lightning reads a batch ahead from a loader that has no length, which would put the stream's state a batch ahead too."""
+
+
+@dataclass(frozen=True)
+class StreamOptions(StreamConfig):
+    """Which windows make a step's batch, and how they are read. Defaults: the published batch, and page-locked memory where there is a GPU."""
+
+    batch_size: int = 48
+    """Windows in a step, over all devices and accumulated passes. Published: 12 on each of 4 GPUs."""
+    pin_memory: bool = True
+    """Assemble batches in page-locked memory, for faster copies to a GPU. Ignored where there is none."""
+
+
+class Windows(NamedTuple):
+    """A rank's share of a batch."""
+
+    features: Float16[Tensor, "b segments 8 width"]
+    codes: Int64[Tensor, "b codebooks steps"]
+
+
+class TrainLoader:
+    """The endless training stream. Lightning saves and restores its state with its own checkpoints."""
+
+    def __init__(self, stream: FeatureStream, device: torch.device) -> None:
+        self._stream, self._device = stream, device
+        self._waits: list[tuple[float, torch.cuda.Event | None, torch.cuda.Event | None]] = []
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[Windows]:
+        with closing(iter(self._stream)) as batches:  # pyright: ignore[reportArgumentType] - a generator
+            while True:
+                idle, began = self._mark(), time.perf_counter()
+                batch = next(batches)
+                self._waits.append((time.perf_counter() - began, idle, self._mark()))
+                yield Windows(batch["features"], batch["codes"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._stream.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+    def take_wait_seconds(self) -> float:
+        """Seconds for which steps waited for data since this was last asked. Call it where the device has been waited for.
+
+        On a GPU only the time in which it was idle counts: the host runs ahead of it, and a wait behind queued work costs nothing.
+        """
+        waits, self._waits = self._waits, []
+        return sum(min(waited, a.elapsed_time(b) / 1000) if a is not None and b is not None else waited for waited, a, b in waits)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class ValidationLoader:
+    """One complete pass over the validation split, each time."""
+
+    def __init__(self, stream: FeatureStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Windows]:
+        for batch in self._stream:
+            yield Windows(batch["features"], batch["codes"])
+
+
+class FeatureData(LightningDataModule):
+    """Feature shards for Lightning. Which samples a rank reads is decided here, from the trainer's ranks, whatever launched them."""
+
+    def __init__(self, train: Index, validation: Index | None, stream: StreamConfig, *, accumulate: int) -> None:
+        super().__init__()
+        self._train, self._validation = train, validation
+        if stream.batch_size % accumulate:
+            raise ValueError(f"stream.batch_size={stream.batch_size} cannot be cut into trainer.accumulate={accumulate} equal parts")
+        self._stream = replace(stream, batch_size=stream.batch_size // accumulate)
+
+    def train_dataloader(self) -> TrainLoader:
+        trainer = self._attached()
+        return TrainLoader(FeatureStream(self._train, self._stream, trainer.global_rank, trainer.world_size), trainer.strategy.root_device)
+
+    def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
+        trainer = self._attached()
+        if self._validation is None:
+            return []
+        return ValidationLoader(FeatureStream(self._validation, self._stream, trainer.global_rank, trainer.world_size, shuffle=False))
+
+    def _attached(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer

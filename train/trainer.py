@@ -1,0 +1,203 @@
+"""How long, on what, from where: the options of every training job, Lightning's Trainer made of them, and what a run folder allows.
+
+Knows Lightning and run folders. Knows no network: `train.vaura` brings one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from model.run_folder import CONFIG, RunConfig, read_config
+from train.callbacks import CHECKPOINTS, Cadence
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long to train, on what, and what to leave behind when. Steps are optimiser steps."""
+
+    max_steps: int = 200_000
+    """Steps to train for."""
+    accelerator: str = "auto"
+    """auto (a GPU if there is one), cpu, gpu, cuda."""
+    devices: Any = "auto"
+    """How many devices of each node, or which: auto (all), 2, [0], [0,2]. On a CPU: processes."""
+    num_nodes: int = 1
+    """Machines. Under Slurm one task per device (srun), under torchrun as it says; else start the job on each with NODE_RANK and MASTER_ADDR set."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """ddp: a process per device, also for a single one; auto: where there are several."""
+    precision: str = "bf16-mixed"
+    """bf16-mixed, 16-mixed (as published), 32-true, bf16-true."""
+    accumulate: int = 1
+    """Backward passes per step: batch_size samples are cut into this many, to fit into memory."""
+    val_check_interval: int = 1000
+    """Steps between validations, if there is a validation split; 0: none."""
+    log_every: int = 25
+    """Steps between rows in TensorBoard and metrics.jsonl. The device is waited for only then."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints, each replacing the last; also written before each validation, at the end, and when the job is told to stop."""
+    keep_every: int = 0
+    """Steps between checkpoints that stay, as checkpoints/step-....ckpt; 0: none."""
+    ckpt_path: str | None = None
+    """Where to go on: last, or a checkpoint of this run folder, and then with options other than the run's, too. null: go on with an unfinished
+    run of the same options, else start."""
+    compile: bool = False
+    """Compile the network with torch.compile: faster steps after a minute or more."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_nodes", "accumulate", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)}: expected 1 or more")
+
+    def cadence(self, *, validates: bool) -> Cadence:
+        """At which steps to log, save and validate."""
+        return Cadence(self.log_every, self.checkpoint_every, self.keep_every, self.val_check_interval if validates else 0, self.max_steps)
+
+
+FREE = {
+    "data",
+    "copy_weights",
+    "trainer.max_steps",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate",
+    "trainer.val_check_interval",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_every",
+    "trainer.ckpt_path",
+    "trainer.compile",
+    "trainer.progress",
+}
+"""Options that may differ when an unfinished run goes on by itself: they do not change what is learned."""
+
+
+def build_trainer(config: TrainerConfig, folder: Path, callbacks: list[Callback], *, start_step: int, validates: bool) -> Trainer:
+    """Lightning's Trainer: steps, not epochs; our own checkpoints, progress bar and signals; TensorBoard in the run folder."""
+    # Rows after the checkpoint are about steps that come again: TensorBoard is told to forget them.
+    logger = TensorBoardLogger(folder, name="tensorboard", version="", purge_step=start_step + 1)
+    trainer = Trainer(
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=config.precision,  # pyright: ignore[reportArgumentType] - Lightning checks the name
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.val_check_interval * config.accumulate if validates else 1.0,
+        check_val_every_n_epoch=None if validates else 1,
+        limit_val_batches=1.0 if validates else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=logger,
+        log_every_n_steps=config.log_every,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_autolog_hparams=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        # One way to resume: Lightning's own under Slurm would write and prefer checkpoints of its own.
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+    )
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Broadcasting buffers at each forward would tie the ranks together in validation, where they have unequal numbers of batches.
+        trainer.strategy._ddp_kwargs.update(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Lightning asks all ranks before each step whether one got SIGTERM, which waits for the device every time; train.callbacks asks at the cadence.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: at a checkpoint's step, or from nothing at step 0."""
+
+    step: int = 0
+    checkpoint: Path | None = None
+
+
+def find_start(folder: Path, run: RunConfig, config: TrainerConfig) -> Start:
+    """Where a run of these options begins, given what the folder holds. A finished run starts at its end.
+
+    Raises ValueError where the folder's run is another one: of other data, another network, or (unless `ckpt_path` says so) other options.
+    """
+    last = folder / CHECKPOINTS / "last.ckpt"
+    if config.ckpt_path is not None:
+        return _start_at(last if config.ckpt_path == "last" else Path(config.ckpt_path), folder, run)
+    if not (folder / CONFIG).exists():
+        return Start()
+    there = read_config(folder)
+    _check_same(folder / CONFIG, identity(there), identity(run))
+    differing = [
+        f"  {name}: {old!r} there, {new!r} here" for name, old, new in _differences(_leaves(there.train), _leaves(run.train)) if name not in FREE
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of other options; use another out=, or its options, or trainer.ckpt_path=last to go on with the new ones:\n"
+            + "\n".join(differing)
+        )
+    return _start_at(last, folder, run) if last.exists() else Start()
+
+
+def identity(run: RunConfig) -> dict[str, Any]:
+    """What a checkpoint must agree with to be resumed from: the data's spec and the network's sizes. Plain values."""
+    return {"fingerprint": run.data["fingerprint"], "spec": run.data["spec"], "model": dict(vars(run.model)), "window_segments": run.window_segments}
+
+
+def _start_at(path: Path, folder: Path, run: RunConfig) -> Start:
+    checkpoints = folder / CHECKPOINTS
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in checkpoints.glob("[!.]*.ckpt")))
+        raise ValueError(f"trainer.ckpt_path: {path} does not exist; {checkpoints} has {there or 'no checkpoints: leave the option out to start'}")
+    if path.resolve().parent != checkpoints.resolve():
+        raise ValueError(f"trainer.ckpt_path={path} is of another run; training resumes into its own run folder: expected out={path.parent.parent}")
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    _check_same(path, state["identity"], identity(run))
+    return Start(state["global_step"], path)
+
+
+def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differing = _differences(_leaves(there), _leaves(here))
+    if differing:
+        raise ValueError(
+            f"{path} is of a run on other data or of another network (see below); use the same data, or another out=:\n"
+            + "\n".join(f"  {name}: {old!r} there, {new!r} here" for name, old, new in differing)
+        )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    absent = "(absent)"
+    return [
+        (name, there.get(name, absent), here.get(name, absent))
+        for name in sorted({*there, *here})
+        if there.get(name, absent) != here.get(name, absent)
+    ]
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    return {leaf: v for key, inner in value.items() for leaf, v in _leaves(inner, f"{name}.{key}" if name else str(key)).items()}
+
+
+def is_first() -> bool:
+    """Whether this is the process of rank 0, as far as is known before and while Lightning runs."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def say(text: str) -> None:
+    """Print, from the first process only."""
+    if is_first():
+        print(text, flush=True)

@@ -1,0 +1,210 @@
+"""`soundshard train`: feature shards -> a run folder with a V-AURA decoder. The recipe's options, the Lightning module, and the job.
+
+Knows features and codes only: no video, no sound, no tower and no codec; what the dataset records of them goes into the run folder as it is.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+
+from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS, CodecClock
+from configs.load import job_main, to_plain
+from model.run_folder import RunConfig, weights_references
+from model.vaura import Vaura, VauraConfig
+from shards.read import Index
+from train.callbacks import Checkpoints, Metrics, Stopped
+from train.data import FeatureData, StreamOptions, Windows
+from train.optim import OptimiserConfig, ScheduleConfig, build_optimiser, clip_gradients
+from train.trainer import TrainerConfig, build_trainer, find_start, identity, is_first, say
+
+
+@dataclass(frozen=True)
+class ModelOptions(VauraConfig):
+    """The decoder's sizes. What the dataset decides is taken from it (0); a value given for it must agree."""
+
+    feature_width: int = 0
+    """Channels of the video features; 0: the dataset's."""
+    codebooks: int = 0
+    """The codec's codebooks; 0: the dataset's."""
+    card: int = 0
+    """Codes per codebook; 0: the dataset's."""
+    steps_per_token: int = 0
+    """Codec steps that see the same video token, over `steps_per_token_divisor`; 0: the codec's clock (EnCodec 24 kHz 6 / 1, DAC 441 / 64)."""
+    steps_per_token_divisor: int = 0
+    """See `steps_per_token`; 0: the codec's clock."""
+    window_tokens: int = 0
+    """Video tokens of a training window; 0: 8 for each of stream.segments."""
+    max_steps: int = 0
+    """The longest sequence, in positions; 0: 256, or what a window needs if that is more."""
+
+    def __post_init__(self) -> None:
+        """Nothing: sizes are checked once those of the dataset are in."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of `soundshard train`. The defaults are the published recipe (Viertola et al. 2024, sec. 4.2, and its configuration files)."""
+
+    data: str = "???"
+    """Folder of the feature dataset."""
+    out: str = "???"
+    """The run folder: checkpoints, weights, losses and the configuration."""
+    train_split: str = "train"
+    """Split to train on."""
+    validation_split: str | None = "validation"
+    """Split to validate on, if the dataset has it; null: none."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+    """Decides the initial weights, dropout and guidance dropout. The order of samples has its own, stream.seed."""
+    copy_weights: bool = True
+    """Copy the tower's and the codec's weights files into the run folder, if they are here, so that generation needs nothing else."""
+
+
+def run(config: TrainConfig) -> Path:
+    """Train a V-AURA decoder on feature shards. Run the same command again to go on after an interruption."""
+    config.schedule.check(config.trainer.max_steps)
+    folder = Path(config.out)
+    train = Index.open(config.data, config.train_split, kind="features")
+    validation = open_validation(config)
+    spec = train.info.spec
+    described = RunConfig(
+        model=derive_model(config.model, spec, config.stream.segments),
+        window_segments=config.stream.segments,
+        data={"fingerprint": train.info.fingerprint, "spec": spec},
+        train=to_plain(config),
+        weights=weights_references(train.info.provenance),
+    )
+    start = find_start(folder, described, config.trainer)
+    if start.step >= config.trainer.max_steps:
+        say(f"{folder} is finished: step {start.step} of trainer.max_steps={config.trainer.max_steps}; a larger trainer.max_steps goes on")
+        return folder
+    torch.set_float32_matmul_precision("high")
+    module = VauraModule(described, config)
+    cadence = config.trainer.cadence(validates=validation is not None)
+    metrics = Metrics(
+        folder,
+        cadence,
+        batch_size=config.stream.batch_size,
+        codebooks=described.model.codebooks,
+        start_step=start.step,
+        bar=config.trainer.progress,
+    )
+    checkpoints = Checkpoints(folder, cadence, metrics, described, copy_weights=config.copy_weights)
+    trainer = build_trainer(config.trainer, folder, [metrics, checkpoints], start_step=start.step, validates=cadence.validate_every > 0)
+    data = FeatureData(train, validation, config.stream, accumulate=config.trainer.accumulate)
+    say(describe(config, described, train, validation, module, start.step))
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    except Stopped:
+        # The first process alone reports it; Lightning would take another's status for a crash and kill the rest.
+        if is_first():
+            raise KeyboardInterrupt from None
+    return folder
+
+
+def open_validation(config: TrainConfig) -> Index | None:
+    """The validation split, if the dataset has it."""
+    if config.validation_split is None or config.trainer.val_check_interval == 0:
+        return None
+    splits = Index.open(config.data, kind="features").table["split"].unique().to_pylist()
+    return Index.open(config.data, config.validation_split) if config.validation_split in splits else None
+
+
+def derive_model(options: ModelOptions, spec: dict[str, Any], segments: int) -> VauraConfig:
+    """The decoder's configuration: the options, and what the dataset's spec decides. Raises ValueError where an option contradicts the dataset."""
+    codec = spec["codec"]
+    clock = CodecClock(codec["sample_rate_hz"], codec["hop_samples"])
+    steps_per_token = clock.rate * SEGMENT_FRAMES / SEGMENT_TOKENS / FRAME_RATE_HZ
+    derived = {
+        "feature_width": spec["tower"]["config"]["width"],
+        "codebooks": codec["codebooks"],
+        "card": codec["card"],
+        "steps_per_token": steps_per_token.numerator,
+        "steps_per_token_divisor": steps_per_token.denominator,
+        "window_tokens": segments * SEGMENT_TOKENS,
+    }
+    given = {f.name: getattr(options, f.name) for f in fields(VauraConfig)}
+    conflicts = [f"model.{name}={given[name]}, the dataset has {value}" for name, value in derived.items() if given[name] not in (0, value)]
+    positions = clock.steps_in(segments) + codec["codebooks"]
+    if 0 < options.max_steps < positions:
+        conflicts.append(f"model.max_steps={options.max_steps}, a window takes {positions} positions")
+    if conflicts:
+        raise ValueError(f"{'; '.join(conflicts)}: leave these options out (or 0), or train on another dataset or with another stream.segments")
+    return VauraConfig(**{**given, **derived, "max_steps": options.max_steps or max(VauraConfig.max_steps, positions)})
+
+
+class VauraModule(LightningModule):
+    """One training step. Rates follow from the step's number and draws from (seed, step, rank), so nothing but tensors needs saving."""
+
+    def __init__(self, described: RunConfig, config: TrainConfig) -> None:
+        super().__init__()
+        self._described, self._config = described, config
+        torch.manual_seed(config.seed)
+        self.model = Vaura(described.model)
+        self._loss = torch.compile(self.model.training_loss, dynamic=False) if config.trainer.compile else self.model.training_loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimiser(self.model.parameters(), self._config.optimiser)
+
+    def on_train_start(self) -> None:
+        """Options win over what a checkpoint brought: resuming with another weight decay means it."""
+        fresh = build_optimiser(self.model.parameters(), self._config.optimiser)
+        for group, given in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in given.items() if name != "params"})
+
+    def on_train_batch_start(self, batch: Windows, batch_idx: int) -> None:  # noqa: ARG002
+        trainer, config = self.trainer, self._config
+        part = batch_idx % config.trainer.accumulate
+        words = np.random.SeedSequence([config.seed, trainer.global_step, part, trainer.global_rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]))
+        if part == 0:
+            rate = config.optimiser.learning_rate * config.schedule.factor(trainer.global_step, config.trainer.max_steps)
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = rate
+
+    def training_step(self, batch: Windows) -> dict[str, torch.Tensor]:
+        loss = self._loss(batch.codes, batch.features.flatten(1, 2).float())
+        return {"loss": loss.total, "per_codebook": loss.per_codebook.detach()}
+
+    def validation_step(self, batch: Windows) -> dict[str, torch.Tensor]:
+        return {"per_codebook": self.model.training_loss(batch.codes, batch.features.flatten(1, 2).float()).per_codebook}
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:  # noqa: ARG002
+        """Here and not by Lightning's option, which refuses fused optimisers although they clip well without a gradient scaler."""
+        clip_gradients(self.model.parameters(), self._config.optimiser)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["identity"] = identity(self._described)
+
+
+def describe(config: TrainConfig, described: RunConfig, train: Index, validation: Index | None, module: VauraModule, start_step: int) -> str:
+    """What is about to happen, in a few lines."""
+    model = described.model
+    parameters = sum(p.numel() for p in module.model.parameters())
+    begin = f"resumes at step {start_step}" if start_step else "starts"
+    return "\n".join(
+        [
+            f"data   {config.data}: {train.ok} training clips, {validation.ok if validation else 'no'} validation clips",
+            f"model  {model.layers} layers of width {model.width}, {model.codebooks} codebooks of {model.card}: {parameters / 1e6:.1f} M parameters",
+            f"run    {config.out} {begin}, to step {config.trainer.max_steps}; batches of {config.stream.batch_size}, {config.trainer.precision}",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`soundshard train`, `python -m train.vaura`."""
+    return job_main(TrainConfig, run, argv, command="train")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
