@@ -97,7 +97,7 @@ def create_or_check(root: str | os.PathLike, info: DatasetInfo) -> None:
 
 def differences(there: DatasetInfo, here: DatasetInfo) -> list[tuple[str, object, object]]:
     """What differs in kind and spec, as (dotted name, value there, value here); provenance is not compared."""
-    left, right = (dict(_leaves(json.loads(json_bytes({"kind": info.kind, "spec": info.spec})))) for info in (there, here))
+    left, right = (dict(leaves(json.loads(json_bytes({"kind": info.kind, "spec": info.spec})))) for info in (there, here))
     return [
         (name, left.get(name, ABSENT), right.get(name, ABSENT))
         for name in sorted({*left, *right})
@@ -105,10 +105,11 @@ def differences(there: DatasetInfo, here: DatasetInfo) -> list[tuple[str, object
     ]
 
 
-def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of everything in nested dicts."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else key)
+            yield from leaves(inner, f"{name}.{key}" if name else key)
     else:
         yield name, value
 

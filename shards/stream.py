@@ -113,7 +113,7 @@ class FeatureStream:
             return max(1, self.samples // self._config.batch_size)
         return math.ceil(len(range(self._rank, self.samples, self._world)) / self._local)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         with closing(prefetched(self._training() if self._shuffle else self._evaluation(), self._config.prefetch)) as batches:
             for consumed, batch in batches:
                 self.consumed = consumed
