@@ -42,16 +42,19 @@ class OnsetScore:
 def onset_times(wave: Float[Array, "samples"], sample_rate_hz: int) -> list[float]:
     """Seconds at which something begins to sound in a mono waveform, in order."""
     hop, window = round(HOP_SECONDS * sample_rate_hz), round(WINDOW_SECONDS * sample_rate_hz)
-    # Half a window of silence first: frame i is then centred on sample i * hop, and a sound that begins at sample 0 has something to rise from.
-    # None at the end: a tone cut off there would click.
-    padded = np.pad(wave.astype(np.float32), (window // 2, max(0, 4 * window - len(wave))))
+    if len(wave) < window:
+        return []
+    # Half a window first, so that frame i is centred on sample i * hop: the sound's mirror image, because against silence a recording's own
+    # noise would begin at 0. Nothing at the end, where silence would make a tone cut off click.
+    padded = np.pad(wave.astype(np.float32), (window // 2, 0), mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
     magnitude = np.abs(np.fft.rfft(frames * np.hanning(window).astype(np.float32), axis=1))
     level = np.log1p(200 * magnitude / max(float(magnitude.max()), 1e-12))
     flux = np.maximum(level[2:] - level[:-2], 0).mean(axis=1)  # over two hops, so that a rise slower than one hop counts whole
-    flux = np.pad(flux, 1)
+    flux = np.pad(flux, 1)[: len(level)]
     loud = np.sqrt((frames**2).mean(axis=1))
-    threshold = SHARE_OF_LARGEST * flux.max() + _running_median(flux, round(0.1 / HOP_SECONDS))
+    # Steady noise has flux too, always about the same: twice its median is out of its reach.
+    threshold = SHARE_OF_LARGEST * flux.max() + 2 * _running_median(flux, round(0.1 / HOP_SECONDS))
     reach = round(MIN_GAP_SECONDS / 2 / HOP_SECONDS)
     onsets: list[float] = []
     for i in np.flatnonzero(flux > threshold):

@@ -22,7 +22,9 @@ def test_onsets_in_noise_and_silence() -> None:
     rng = np.random.default_rng(0)
     assert onset_times(np.zeros(24000, np.float32), 24000) == []
     assert onset_times(5e-4 * rng.standard_normal(24000).astype(np.float32), 24000) == []
-    assert onset_times(np.zeros(7, np.float32), 24000) == []
+    for samples in (0, 7, 479, 480, 481, 700):
+        assert onset_times(np.zeros(samples, np.float32), 24000) == []
+    assert onset_times(0.01 * rng.standard_normal(24000).astype(np.float32), 24000) == []
     burst = 1e-3 * rng.standard_normal(24000).astype(np.float32)
     burst[7000:9000] += 0.3 * rng.standard_normal(2000).astype(np.float32)
     (onset,) = onset_times(burst, 24000)
