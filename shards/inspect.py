@@ -56,7 +56,8 @@ def overview(index: Index) -> Iterator[str]:
     if unfinished:
         yield f"  without a ledger, so not finished: {', '.join(unfinished)}; the job writes them again when it is run again"
     for title, values in (("spec", info.spec), ("provenance", info.provenance)):
-        yield from ("", title, *_table("ll", [(name, json.dumps(value, ensure_ascii=False)) for name, value in leaves(values)]))
+        facts = [(name, json.dumps(value, ensure_ascii=False)) for name, value in leaves(values)] if values else [("(empty)", "")]
+        yield from ("", title, *_table("ll", facts))
 
 
 def sample(index: Index, key: str) -> Iterator[str]:
