@@ -184,7 +184,7 @@ class Metrics(Callback):
         self.best, self.validation_loss = min(self.best, self.validation_loss), loss
         self.stopwatch.forget(seconds)
 
-    def _write(self, trainer: Trainer, split: str, loss: float, per_codebook: list[float], more: Mapping[str, float]) -> None:
+    def _write(self, trainer: Trainer, split: str, loss: float, per_codebook: list[float], more: Mapping[str, float | int]) -> None:
         if not trainer.is_global_zero:
             return
         row = {"step": trainer.global_step, "split": split, "loss": loss, "per_codebook": per_codebook, **more}

@@ -3,6 +3,8 @@
 Knows Lightning and run folders. Knows no network: `train.vaura` brings one.
 """
 
+import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,3 +203,10 @@ def say(text: str) -> None:
     """Print, from the first process only."""
     if is_first():
         print(text, flush=True)
+
+
+def quieten_lightning() -> None:
+    """Leave out Lightning's notes on the machine, its tips and its use of an old torch call; warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -5,12 +5,13 @@ Knows features and codes only: no video, no sound, no tower and no codec; what t
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from lightning.pytorch import LightningModule
 
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS, CodecClock
@@ -21,7 +22,7 @@ from shards.read import Index
 from train.callbacks import Checkpoints, Metrics, Stopped
 from train.data import FeatureData, StreamOptions, Windows
 from train.optim import OptimiserConfig, ScheduleConfig, build_optimiser, clip_gradients
-from train.trainer import TrainerConfig, build_trainer, find_start, identity, is_first, say
+from train.trainer import TrainerConfig, build_trainer, find_start, identity, is_first, quieten_lightning, say
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def run(config: TrainConfig) -> Path:
         model=derive_model(config.model, spec, config.stream.segments),
         window_segments=config.stream.segments,
         data={"fingerprint": train.info.fingerprint, "spec": spec},
-        train=to_plain(config),
+        # Resolved, so that a run that goes on to more steps does not silently stretch its schedule.
+        train=to_plain(replace(config, schedule=replace(config.schedule, total_steps=config.schedule.total_steps or config.trainer.max_steps))),
         weights=weights_references(train.info.provenance),
     )
     start = find_start(folder, described, config.trainer)
@@ -89,6 +91,7 @@ def run(config: TrainConfig) -> Path:
         say(f"{folder} is finished: step {start.step} of trainer.max_steps={config.trainer.max_steps}; a larger trainer.max_steps goes on")
         return folder
     torch.set_float32_matmul_precision("high")
+    quieten_lightning()
     module = VauraModule(described, config)
     cadence = config.trainer.cadence(validates=validation is not None)
     metrics = Metrics(
@@ -172,12 +175,16 @@ class VauraModule(LightningModule):
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] = rate
 
+    def _tokens(self, batch: Windows) -> Float[torch.Tensor, "b tokens width"]:
+        """The windows' video tokens, in the precision of the parameters."""
+        return batch.features.flatten(1, 2).to(self.model.norm.weight.dtype)
+
     def training_step(self, batch: Windows) -> dict[str, torch.Tensor]:
-        loss = self._loss(batch.codes, batch.features.flatten(1, 2).float())
+        loss = self._loss(batch.codes, self._tokens(batch))
         return {"loss": loss.total, "per_codebook": loss.per_codebook.detach()}
 
     def validation_step(self, batch: Windows) -> dict[str, torch.Tensor]:
-        return {"per_codebook": self.model.training_loss(batch.codes, batch.features.flatten(1, 2).float()).per_codebook}
+        return {"per_codebook": self.model.training_loss(batch.codes, self._tokens(batch)).per_codebook}
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:  # noqa: ARG002
         """Here and not by Lightning's option, which refuses fused optimisers although they clip well without a gradient scaler."""

@@ -37,13 +37,13 @@ def _entry(split: str, number: int) -> Entry:
     return Entry(f"{split}{number}", split, None, f"{split}{number}.mp4", duration_seconds=SEGMENTS * 0.64, members=members)
 
 
-SMALL = (
-    "model.layers=2 model.width=24 model.visual_width=8 model.heads=3 model.codebook_dim=4 stream.segments=2 stream.batch_size=6 "
-    "schedule.warmup_steps=3 optimiser.learning_rate=0.01 trainer.max_steps=8 trainer.log_every=3 trainer.accelerator=cpu trainer.devices=1 "
-    "trainer.precision=32-true trainer.progress=false"
-).split()
+SMALL = """
+model.layers=2 model.width=24 model.visual_width=8 model.heads=3 model.codebook_dim=4 stream.segments=2 stream.batch_size=6
+schedule.warmup_steps=3 optimiser.learning_rate=0.01 trainer.max_steps=8 trainer.log_every=3
+trainer.accelerator=cpu trainer.devices=1 trainer.precision=32-true trainer.progress=false
+"""
 
 
 def small_config(data: Path, out: Path, *options: str) -> TrainConfig:
     """A configuration that trains in a second or two."""
-    return load(TrainConfig, [*SMALL, f"data={data}", f"out={out}", *options])
+    return load(TrainConfig, [*SMALL.split(), f"data={data}", f"out={out}", *options])
