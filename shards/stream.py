@@ -6,7 +6,7 @@ are permuted and dealt to the lanes one after the other, in shares that differ b
 lane shuffles its samples among the few blocks it has open. Because the shares follow from g, lanes need no padding and run on across epochs in step:
 a batch that straddles an epoch's end holds the last samples of one epoch and the first of the next.
 
-A global batch of B is the next B numbers; rank r of W takes every W-th of them from the r-th, which are whole lanes. So global batches are the same on
+A global batch of B is the next B numbers; rank r of W takes every W-th of them from the r-th, which are whole lanes. So global batches are equal on
 any W that divides L and B, and the state is one integer, the samples consumed.
 
 Knows tensors, the segment clock and the dataset format on a local file system. Knows no trainer, no model and no processes.
