@@ -182,9 +182,8 @@ def _without_duplicates(clips: Iterable[Clip]) -> list[Clip]:
 def _split(clips: list[Clip], config: DiscoverConfig) -> list[Clip]:
     """Move the wanted fractions of the clips of `config.split` to validation and test, by the rank of a hash of their keys."""
     if min(config.validation_fraction, config.test_fraction) < 0 or config.validation_fraction + config.test_fraction > 1:
-        raise ValueError(
-            f"validation_fraction is {config.validation_fraction} and test_fraction {config.test_fraction}; expected parts of 1 that add up to at most 1"
-        )
+        given = f"validation_fraction is {config.validation_fraction} and test_fraction {config.test_fraction}"
+        raise ValueError(f"{given}; expected parts of 1 that add up to at most 1")
     keys = sorted({clip.key for clip in clips if clip.split == config.split}, key=lambda key: hashlib.sha256(key.encode()).digest())
     test = round(len(keys) * config.test_fraction)
     validation = round(len(keys) * config.validation_fraction)
