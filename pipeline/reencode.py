@@ -64,7 +64,8 @@ def run(config: ReencodeConfig) -> Summary:
 
 def media_info(config: MediaOptions, plans: Sequence[ShardPlan]) -> DatasetInfo:
     """dataset.json of the media dataset: the encoder's settings and library versions decide the bytes."""
-    spec = {"encode": to_plain(config.encode), "clips_per_shard": config.clips_per_shard, "libraries": media_libraries()}
+    encode = {name: value for name, value in to_plain(config.encode).items() if name != "decode_threads"}  # the bytes do not depend on it
+    spec = {"encode": encode, "clips_per_shard": config.clips_per_shard, "libraries": media_libraries()}
     inputs = {"clips": sum(len(plan.clips) for plan in plans), "sha256": inputs_sha256(plans)}
     return DatasetInfo("media", SCHEMA_VERSION, spec, fingerprint(spec), {"inputs": inputs})
 
