@@ -145,7 +145,7 @@ def encode_mp4(scene: Scene, sound: Float[Array, "samples"], frame_rate_hz: int,
         video = container.add_stream("libx264", rate=frame_rate_hz, options={"preset": "veryfast", "crf": "17", "x264-params": "asm=avx2"})
         video.width, video.height, video.pix_fmt = config.width, config.height, "yuv420p"
         video.codec_context.thread_count = 1
-        audio = container.add_stream("aac", rate=config.sample_rate_hz, layout="mono")
+        audio = container.add_stream("aac", rate=config.sample_rate_hz, layout="mono", options={"aac_coder": "fast"})
         audio.bit_rate = 160_000
         for index in range(round(config.seconds * frame_rate_hz)):
             container.mux(video.encode(_picture(renderer.frame(index / frame_rate_hz), index)))
