@@ -5,15 +5,16 @@ Knows the decoder and tensors. Knows no codec and no files: what comes out are c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from configs.clock import SEGMENT_TOKENS
 from model.delay import delay, undelay
-from model.vaura import Block, KeyValueCache, Vaura, rotary
+from model.vaura import Block, KeyValueCache, Vaura, rms_norm, rotary, rotate
 
 UNKNOWN = -1
 
@@ -148,6 +149,25 @@ class RecomputedLogits:
         return self.model(sequence[..., :length], self.features)[:, -1]
 
 
+class BlockWeights(NamedTuple):
+    """One block's weights, out of their modules."""
+
+    attention_norm: Tensor
+    wqkv: Tensor
+    wo: Tensor
+    ffn_norm: Tensor
+    w1: Tensor
+    w3: Tensor
+    w2: Tensor
+
+    @classmethod
+    def of(cls, block: Block) -> "BlockWeights":
+        """The weights of a block."""
+        attention, feed_forward = block.attention, block.feed_forward
+        mixing = block.attention_norm.weight, attention.wqkv.weight, attention.wo.weight
+        return cls(*mixing, block.ffn_norm.weight, feed_forward.w1.weight, feed_forward.w3.weight, feed_forward.w2.weight)
+
+
 class CachedLogits:
     """The same logits from the new steps alone, for a sequence that only grows."""
 
@@ -158,6 +178,7 @@ class CachedLogits:
         self.codes = model.stacked_codes()
         self.rope = rotary(positions, config.width // config.heads, features.device)
         self.layers = cast(list[Block], list(model.layers))
+        self.weights = [BlockWeights.of(layer) for layer in self.layers]
         shape = len(features), config.heads, positions, config.width // config.heads
         self.caches = [KeyValueCache(*shape, dtype=self.visual.dtype, device=features.device) for _ in self.layers]
 
@@ -165,10 +186,27 @@ class CachedLogits:
         """Scores of the codes at sequence step `length`, given those before it."""
         new = slice(self.caches[0].length, length)
         x = self.model.combine(self.visual[:, new], self.codes.embed(sequence[..., new]))
-        rope = self.rope[:, new]
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            x = layer(x, rope, cache)
-        return self.codes.logits(self.model.norm(x[:, -1:]))[:, 0]
+        if x.shape[1] == 1:
+            last = self._step(x[:, 0], self.rope[:, new])
+        else:
+            rope = self.rope[:, new]
+            for layer, cache in zip(self.layers, self.caches, strict=True):
+                x = layer(x, rope, cache)
+            last = x[:, -1]
+        return self.codes.logits(self.model.norm(last[:, None]))[:, 0]
+
+    def _step(self, x: Tensor, rope: Tensor) -> Tensor:
+        """One position through all blocks: what `Block.forward` computes, without the calls of modules, which in small models cost more than it."""
+        b, heads = len(x), self.model.config.heads
+        for w, cache in zip(self.weights, self.caches, strict=True):
+            qkv = F.linear(rms_norm(x, w.attention_norm), w.wqkv).view(b, 3, heads, 1, -1)
+            turned = rotate(qkv[:, :2], rope)
+            keys, values = cache.extend(turned[:, 1], qkv[:, 2])
+            mixed = F.scaled_dot_product_attention(turned[:, 0], keys, values)
+            x = x + F.linear(mixed.view(b, -1), w.wo)
+            normed = rms_norm(x, w.ffn_norm)
+            x = x + F.linear(F.silu(F.linear(normed, w.w1)) * F.linear(normed, w.w3), w.w2)
+        return x
 
 
 def _generate(

@@ -116,7 +116,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS).type_as(x)
+        return rms_norm(x, self.weight)
+
+
+def rms_norm(x: Float[Tensor, "... d"], weight: Float[Tensor, " d"]) -> Float[Tensor, "... d"]:
+    """The norm itself, for those that hold the weight alone."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), NORM_EPS).type_as(x)
 
 
 def rotary(positions: int, head_width: int, device: torch.device | None = None) -> Float[Tensor, "2 positions head_width"]:
@@ -130,7 +135,7 @@ def rotary(positions: int, head_width: int, device: torch.device | None = None) 
 def rotate(x: Float[Tensor, "... s d"], rope: Float[Tensor, "2 s d"]) -> Float[Tensor, "... s d"]:
     """Turn each pair (2i, 2i + 1) of channels by its position's angle."""
     precise = x.float()
-    swapped = precise.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = precise.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)
     return torch.addcmul(precise * rope[0], swapped, rope[1]).type_as(x)
 
 
