@@ -18,8 +18,8 @@ from torch import Tensor
 
 from configs.clock import SEGMENT_FRAMES, check_hop, segment_count
 from model.codecs import Codec, load_codec
-from model.synchformer_visual import VisualTower, normalise
-from model.weights import load_tower, resolve, sha256_file
+from model.synchformer_visual import VisualTower, load_tower, normalise
+from model.weights import resolve, sha256_file
 from pipeline.media import MediaError
 from pipeline.views import Crop, view_crop
 
@@ -118,7 +118,7 @@ class Featuriser:
         self.options = options
         self.device = pick_device(options.tower.device)
         torch.set_num_threads(options.tower.threads)
-        self.tower: VisualTower = load_tower(options.tower.weights).to(self.device).eval().requires_grad_(False)
+        self.tower: VisualTower = load_tower(options.tower.weights, device=self.device)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.tower) if options.tower.compile else self.tower
         self.codec: Codec | None = open_codec(options.codec).to(self.device) if with_codec else None
 
@@ -206,20 +206,7 @@ def networks_spec(options: FeatureOptions) -> dict:
             "batch_segments": tower.batch_segments,
             "compile": tower.compile,
         },
-        "codec": codec_spec(open_codec(options.codec), options.codec),
-    }
-
-
-def codec_spec(codec: Codec, options: CodecOptions) -> dict:
-    """What a trainer and a generator must know of the codec: its clock, its codebooks and which weights."""
-    return {
-        "name": codec.name,
-        "sample_rate_hz": codec.sample_rate_hz,
-        "hop_samples": codec.hop_samples,
-        "channels": codec.channels,
-        "codebooks": codec.codebooks,
-        "card": codec.card,
-        "weights_sha256": sha256_file(resolve(options.weights or options.name)),
+        "codec": open_codec(options.codec).spec(),
     }
 
 

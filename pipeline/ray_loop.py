@@ -119,7 +119,6 @@ def inputs_sha256(plans: Sequence[ShardPlan]) -> str:
     return digest.hexdigest()
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Ticker:
     """Counts finished clips while their shards are still open, for the progress line. The ledgers, not this, are the record."""
 
@@ -151,7 +150,7 @@ def run_shards(root: str, info: DatasetInfo, plans: Sequence[ShardPlan], submit:
     print(f"{stage}: {len(plans) - len(todo)} shards done, {len(todo)} to do ({total} clips)", flush=True)
     started, summary = time.monotonic(), Summary(clips_now=total)
     open_refs: dict[ray.ObjectRef, ShardPlan] = {}
-    ticker = Ticker.remote()
+    ticker = ray.remote(Ticker).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     # On a terminal one line is redrawn; in a log a line every half minute is enough.
     interval = 0.2 if sys.stderr.isatty() else 30
     with tqdm(total=total, desc=stage, unit="clip", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=not todo) as bar:
@@ -205,5 +204,7 @@ def _check_inputs(root: str, info: DatasetInfo, plans: Sequence[ShardPlan]) -> N
 
 
 def _root_cause(error: BaseException) -> str:
+    """What went wrong in a worker, in a line: Ray's own text holds the worker's whole traceback, which ends in the error itself."""
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}".strip()
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if isinstance(cause, ray.exceptions.RayError) and lines else f"{type(cause).__name__}: {cause}"

@@ -77,8 +77,9 @@ def media_libraries() -> dict[str, str]:
 
 def submit(plan: ShardPlan, ticker: ActorHandle, config: ReencodeConfig) -> ray.ObjectRef:
     """Start one task per clip and the task that writes their shard."""
-    encoded = [None if clip.reason else _encode.remote(clip, config.encode, ticker) for clip in plan.clips]
-    return _write.remote(config.out, plan, encoded, ticker)
+    encode = ray.remote(encode_task).options(num_cpus=1, max_retries=2)
+    encoded = [None if clip.reason else encode.remote(clip, config.encode, ticker) for clip in plan.clips]
+    return ray.remote(write_task).options(num_cpus=0, max_retries=10).remote(config.out, plan, encoded, ticker)
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,14 @@ def encode_clip(clip: Clip, config: EncodeConfig, *, keep_frames: bool = False) 
         return Encoded(None, error.reason, error.message)
 
 
-@ray.remote(num_cpus=1, max_retries=2)
-def _encode(clip: Clip, config: EncodeConfig, ticker: ActorHandle) -> Encoded:
+def encode_task(clip: Clip, config: EncodeConfig, ticker: ActorHandle) -> Encoded:
+    """One clip's task."""
     encoded = encode_clip(clip, config)
     ticker.tick.remote(1, int(encoded.clip is None))
     return encoded
 
 
-@ray.remote(num_cpus=0, max_retries=10)
-def _write(root: str, plan: ShardPlan, encoded: list[ray.ObjectRef | None], ticker: ActorHandle) -> Outcome:
+def write_task(root: str, plan: ShardPlan, encoded: list[ray.ObjectRef | None], ticker: ActorHandle) -> Outcome:
     """Write the shard as its clips come in. Repeating it after a fault writes the same bytes."""
 
     def entries() -> Iterator[Entry]:

@@ -29,14 +29,12 @@ def entry(clip: Clip, payload: bytes) -> Entry:
     return Entry(clip.key, clip.split, None, clip.source, 10.0, {"mp4": payload})
 
 
-@ray.remote(num_cpus=1)
 def make(megabytes: float, ticker: ActorHandle) -> bytes:
     """A clip that takes no time to encode."""
     ticker.tick.remote(1, 0)
     return bytes(int(megabytes * 1e6))
 
 
-@ray.remote(num_cpus=0)
 def write(root: str, plan: ShardPlan, refs: list[ray.ObjectRef]) -> Outcome:
     """The shard's one write."""
 
@@ -56,17 +54,18 @@ def main(argv: list[str]) -> None:
     """Run both loops and print the figures."""
     options = dict(argument.split("=") for argument in argv)
     count, megabytes = int(options.get("clips", 512)), float(options.get("megabytes", 2))
+    make_task, write_task = ray.remote(make).options(num_cpus=1), ray.remote(write).options(num_cpus=0)
     plans = plan_shards([Clip(f"clip{n:06d}", f"/{n}", "train") for n in range(count)], 64)
     with tempfile.TemporaryDirectory() as folder, cluster(RayConfig(num_cpus=2)):
 
         def submit(plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
-            return write.remote(f"{folder}/ray", plan, [make.remote(megabytes, ticker) for _ in plan.clips])
+            return write_task.remote(f"{folder}/ray", plan, [make_task.remote(megabytes, ticker) for _ in plan.clips])
 
         run_shards(
             f"{folder}/warm",
             info("warm"),
             plans[:1],
-            lambda p, t: write.remote(f"{folder}/warm", p, [make.remote(0, t) for _ in p.clips]),
+            lambda p, t: write_task.remote(f"{folder}/warm", p, [make_task.remote(0, t) for _ in p.clips]),
             in_flight=1,
             stage="warm-up",
         )

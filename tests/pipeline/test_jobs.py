@@ -17,8 +17,7 @@ import webdataset
 from configs import cli
 from configs.clock import segment_count
 from model.codecs import load_codec
-from model.synchformer_visual import normalise
-from model.weights import load_tower
+from model.synchformer_visual import load_tower, normalise
 from pipeline import featurise, prepare
 from pipeline.media import EncodeConfig, decode
 from pipeline.views import view_crop
@@ -166,7 +165,7 @@ def test_a_rerun_does_nothing_and_other_inputs_are_refused(
     assert "reencode: 3 shards done, 0 to do" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*.tar")} == before
     more = tmp_path / "more"
-    shutil.copytree(inputs, more)
+    shutil.copytree(inputs, more, symlinks=True)
     shutil.copy(more / "good00.mp4", more / "another.mp4")
     with pytest.raises(ValueError, match="other inputs"):
         prepare.run(config(more, prepared, networks))
