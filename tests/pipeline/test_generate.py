@@ -92,8 +92,7 @@ def test_each_video_gets_an_mp4_a_wav_and_a_row(run_folder: Path, videos: Path, 
         assert video_packets(result) == video_packets(source)  # the pictures are copied, byte for byte
         clip = decode(result, sample_rate_hz=RATE_HZ, channels=1)
         assert clip.audio.shape == (1, round(seconds * RATE_HZ)) and np.abs(clip.audio).max() > 1e-4
-        with av.open(str(tmp_path / f"{key}.wav")) as wav:
-            assert sum(frame.samples for frame in wav.decode(audio=0)) == round(seconds * RATE_HZ)
+        assert wav_samples(tmp_path / f"{key}.wav") == round(seconds * RATE_HZ)
     # A rerun does nothing; another seed does everything again.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.wav")}
     generate.run(config)
@@ -106,6 +105,11 @@ def test_each_video_gets_an_mp4_a_wav_and_a_row(run_folder: Path, videos: Path, 
 def video_packets(path: Path) -> list[bytes]:
     with av.open(str(path)) as container:
         return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+def wav_samples(path: Path) -> int:
+    with av.open(str(path)) as wav:
+        return sum(frame.samples for frame in wav.decode(audio=0))
 
 
 def test_sound_depends_on_the_seed_and_the_clip_but_not_on_the_batch(run_folder: Path, videos: Path, tmp_path: Path) -> None:
@@ -121,7 +125,8 @@ def test_sound_depends_on_the_seed_and_the_clip_but_not_on_the_batch(run_folder:
 def test_durations_are_whole_segments(run_folder: Path, videos: Path, tmp_path: Path) -> None:
     rows = {r["key"]: r for r in generate.run(options(run_folder, source=str(videos), out=str(tmp_path), duration_seconds=1.28))}
     assert rows["a"]["duration_seconds"] == pytest.approx(1.28) and rows["silent"]["reason"] == "too_short"
-    assert decode(tmp_path / "a.mp4", sample_rate_hz=RATE_HZ).audio.shape[1] == round(1.28 * RATE_HZ)
+    assert wav_samples(tmp_path / "a.wav") == round(1.28 * RATE_HZ)
+    assert 32 <= len(decode(tmp_path / "a.mp4").frames) <= 34  # cut by packets: a picture that an earlier one needs may stay
     with pytest.raises(ValueError, match=r"0\.64 or 1\.28"):
         generate.run(options(run_folder, source=str(videos), out=str(tmp_path), duration_seconds=1.0))
 

@@ -170,7 +170,7 @@ def test_a_rerun_does_nothing_and_other_inputs_are_refused(
     with pytest.raises(ValueError, match="other inputs"):
         prepare.run(config(more, prepared, networks))
     with pytest.raises(ValueError, match="crf"):
-        prepare.run(config(inputs, prepared, networks, encode=EncodeConfig(short_side=64, preset="ultrafast", crf=30)))
+        prepare.run(config(inputs, prepared, networks, encode=EncodeConfig(short_side=64, preset="ultrafast", crf=30.0)))
 
 
 def test_too_many_failures_end_in_status_1_and_keep_what_is_done(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
