@@ -50,6 +50,8 @@ MAX_FAULTY = Fraction(1, 10)
 """A stream of which more than this part of the packets cannot be decoded is undecodable."""
 MIN_PICTURE_SECONDS = Fraction(1, 1000)
 """A shorter duration of a picture is a demuxer's way to say that it does not know."""
+MAX_STILL_SECONDS = 120
+"""A longer time without a new picture is a damaged timestamp, not a still picture."""
 AUDIO_JITTER_SECONDS = Fraction(1, 100)
 """Audio timestamps this near to where the samples already decoded end are taken as contiguous: containers round them."""
 
@@ -148,7 +150,7 @@ def open_clip(
     """An open clip; raises MediaError if the file, or a stream that is needed, is not there."""
     file = _file(source)
     try:
-        container = av.open(file, "r", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+        container = av.open(file, "r", metadata_errors="replace", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
     except FFmpegError as error:
         raise _cannot_open(source, error) from error
     with container:
@@ -183,57 +185,65 @@ class OpenClip:
         self._read_packets()
         self._sound_frames = self._decoded_sound()
         self._first_sound = next(self._sound_frames, None)
-        self._video_span = _span(self.video_packets, self.video) if self.video else None
-        starts = [self._video_span[0]] if self._video_span else []
+        self._spans = {stream: span for stream, packets in self._streams() if (span := _span(packets, stream))}
+        if self.video is not None and self.video not in self._spans:
+            raise MediaError("undecodable", "no video packet with a time could be read")
+        starts = [self._spans[self.video][0]] if self.video is not None else []
         if self._first_sound is not None:
             starts.append(self._first_sound[0])
         if not starts:
-            raise MediaError("undecodable", "no packet of any stream could be read")
+            raise MediaError("undecodable", "no sound could be decoded")
         self.start = min(starts)
         self._check_complete()
 
+    def _streams(self) -> list[tuple[VideoStream | AudioStream, list[Packet]]]:
+        both = ((self.video, self.video_packets), (self.audio, self.audio_packets))
+        return [(stream, packets) for stream, packets in both if stream is not None]
+
     def _read_packets(self) -> None:
-        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        streams = [stream for stream, _ in self._streams()]
         for stream in streams:
             stream.codec_context.thread_count = self.threads
         if self.video is not None and self.threads != 1:
             self.video.codec_context.thread_type = "AUTO"
         try:
             for packet in self.container.demux(streams):
-                (self.video_packets if packet.stream is self.video else self.audio_packets).append(packet)
-        except FFmpegError:
-            # A file that breaks off: what could be read stays, flushed; `_check_complete` judges whether it is enough.
-            for stream, packets in ((self.video, self.video_packets), (self.audio, self.audio_packets)):
-                if stream is not None:
-                    flush = Packet()
-                    flush.stream = stream
-                    packets.append(flush)
+                if packet.size:
+                    (self.video_packets if packet.stream is self.video else self.audio_packets).append(packet)
+        except (FFmpegError, IndexError):
+            # A file that breaks off, or grows streams from damaged bytes (PyAV's IndexError): what was read stays, and `_check_complete` judges
+            # whether it is enough.
+            pass
+        for stream, packets in self._streams():
+            packets.append(_flush(stream))
 
     def _check_complete(self) -> None:
-        """Every duration that the file declares, against the packets that are there."""
-        spans = [self._video_span] if self._video_span else []
-        for stream, packets in ((self.video, self.video_packets), (self.audio, self.audio_packets)):
-            if stream is None or not (span := _span(packets, stream)):
-                continue
-            spans.append(span)
+        """Every duration that the file declares against the packets that are there, and the packets' times against reason."""
+        for stream, (start, stop) in self._spans.items():
             if stream.duration and stream.time_base:
-                _check_present(span[1] - span[0], stream.duration * stream.time_base, f"{stream.type} stream")
-        if self.container.duration:
-            present = max(span[1] for span in spans) - min(0, *(span[0] for span in spans))  # some containers count from 0, some from the start
+                _check_present(stop - start, stream.duration * stream.time_base, f"{stream.type} stream")
+        if self.container.duration and self._spans:
+            starts, stops = zip(*self._spans.values(), strict=True)
+            present = max(stops) - min(0, *starts)  # some containers count from 0, some from the start
             _check_present(present, Fraction(self.container.duration, 1_000_000), f"{self.container.format.name} file")
+        if self.video is not None and self.video.time_base:
+            times = [self.start, *(time * self.video.time_base for time, _ in _times(self.video_packets)), self.video_end]
+            longest = max(later - earlier for earlier, later in pairwise(times))
+            if longest > MAX_STILL_SECONDS:
+                raise MediaError("undecodable", f"the pictures' times jump by {float(longest):.0f} s")
 
     @property
     def video_end(self) -> Fraction:
         """When the last picture ends, in the container's seconds."""
-        assert self._video_span is not None
-        return self._video_span[1]
+        assert self.video is not None
+        return self._spans[self.video][1]
 
     @property
     def frames(self) -> int:
         """Frames on the output clock: the pictures' end, to the nearest frame. Without a video stream, the sound's end."""
-        span = self._video_span or _span(self.audio_packets, self.audio)
-        assert span is not None
-        return floor((span[1] - self.start) * self.frame_rate_hz + Fraction(1, 2))
+        stream = self.video or self.audio
+        assert stream is not None
+        return floor((self._spans[stream][1] - self.start) * self.frame_rate_hz + Fraction(1, 2))
 
     def samples(self, sample_rate_hz: int) -> int:
         """Samples on the output clock, per channel."""
@@ -367,7 +377,7 @@ class OpenClip:
 
     def info(self) -> SourceInfo:
         """What the file held; complete once its streams have been decoded."""
-        assert self.video is not None and self._video_span is not None
+        assert self.video is not None
         context = self.video.codec_context
         start, sound = self._first_sound or (None, None)
         return SourceInfo(
@@ -378,7 +388,7 @@ class OpenClip:
             height=context.height,
             frame_rate=str(self.video.average_rate or self.video.guessed_rate or "unknown"),
             rotation_degrees=self._rotation,
-            video_start_seconds=float(self._video_span[0] - self.start),
+            video_start_seconds=float(self._spans[self.video][0] - self.start),
             audio_codec=self.audio.codec_context.name if self.audio else None,
             audio_rate_hz=sound.sample_rate if sound else None,
             audio_layout=sound.layout.name if sound else None,
@@ -562,11 +572,24 @@ def _audio_stream(container: InputContainer) -> AudioStream | None:
     return stream  # type: ignore[return-value]  # `best` is typed as any stream
 
 
-def _span(packets: list[Packet], stream: VideoStream | AudioStream | None) -> tuple[Fraction, Fraction] | None:
-    """First presentation time and end of the packets that are presented, in the container's seconds; None if there are none."""
+def _flush(stream: VideoStream | AudioStream) -> Packet:
+    """The empty packet after which a decoder gives up the frames that it still holds."""
+    flush = Packet()
+    flush.stream = stream
+    flush.time_base = stream.time_base or Fraction(1, 1000)
+    return flush
+
+
+def _times(packets: list[Packet]) -> list[tuple[int, int]]:
+    """Time and duration of the packets that are presented, in the order of time."""
     presented = [packet for packet in packets if packet.size and not packet.is_discard]
-    times = sorted((time, packet.duration or 0) for packet in presented if (time := packet.dts if packet.pts is None else packet.pts) is not None)
-    if not times or stream is None or stream.time_base is None:
+    return sorted((time, packet.duration or 0) for packet in presented if (time := packet.dts if packet.pts is None else packet.pts) is not None)
+
+
+def _span(packets: list[Packet], stream: VideoStream | AudioStream) -> tuple[Fraction, Fraction] | None:
+    """First presentation time and end of the packets that are presented, in the container's seconds; None if there are none."""
+    times = _times(packets)
+    if not times or stream.time_base is None:
         return None
     first, (last, duration) = times[0][0], times[-1]
     if duration * stream.time_base < MIN_PICTURE_SECONDS and len(times) > 1:

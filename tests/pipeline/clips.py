@@ -48,6 +48,7 @@ class Recipe:
     preroll_pictures: int = 0
     """Pictures before `start` that an edit list hides (mp4, mov)."""
     amplitude: float = 0.02
+    title: str = ""
     video_options: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -96,6 +97,7 @@ def make_clip(path: Path, recipe: Recipe | None = None, **changes) -> Recipe:
     """Write a clip; `changes` are fields of the recipe. Returns the recipe, which knows when the flash is."""
     recipe = replace(recipe or Recipe(), **changes)
     with av.open(str(path), "w", format={"mkv": "matroska"}.get(recipe.container, recipe.container)) as out:
+        out.metadata.update({"title": recipe.title} if recipe.title else {})
         packets = []
         video = audio = None
         if recipe.video_codec:

@@ -289,6 +289,21 @@ def test_a_few_damaged_packets_are_counted_and_not_fatal(tmp_path: Path) -> None
     assert encoded.frames == 100 and encoded.source.audio_faults + encoded.source.video_faults > 0
 
 
+def test_a_damaged_timestamp_is_not_a_day_of_still_picture(tmp_path: Path) -> None:
+    times = (*(Fraction(n, 25) for n in range(30)), Fraction(86400))
+    make_clip(path := tmp_path / "clip.mkv", container="mkv", picture_times=times)
+    with pytest.raises(MediaError, match=r"undecodable: .* jump by 86399 s"):
+        decode_video(path)
+
+
+def test_names_that_are_not_utf8_do_not_matter(tmp_path: Path) -> None:
+    make_clip(path := tmp_path / "clip: 1.mkv", container="mkv", title="SOME_TITLE")
+    data = path.read_bytes()
+    assert b"SOME_TITLE" in data
+    path.write_bytes(data.replace(b"SOME_TITLE", b"caf\xe9 \xff\xfe-x"))
+    assert len(decode_video(path)) == 50
+
+
 def test_errors_of_the_configuration_name_the_field() -> None:
     with pytest.raises(ValueError, match="short_side is 255"):
         EncodeConfig(short_side=255)
