@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -98,15 +98,16 @@ class DividedAttention(nn.Module):
     def forward(self, x: Float[Tensor, "n tokens d"], times: int, along: Literal["time", "space"]) -> Float[Tensor, "n tokens d"]:
         qkv = rearrange(self.qkv(x), "n tokens (three h d) -> three n h tokens d", three=3, h=self.heads)
         cls = F.scaled_dot_product_attention(qkv[0, :, :, :1], qkv[1], qkv[2])
-        # Every group of patches attends within itself and to [CLS]: groups join the batch.
-        to_groups, from_groups = {
-            "time": ("three n h (t s) d -> three n s h t d", "n s h t d -> n (t s) (h d)"),
-            "space": ("three n h (t s) d -> three n t h s d", "n t h s d -> n (t s) (h d)"),
+        # Every group of patches attends within itself and to [CLS]. Groups join the batch: the fused kernels take four dimensions.
+        grouped, ungrouped = {
+            "time": ("(n s) h t d", "(n s) h t d -> n (t s) (h d)"),
+            "space": ("(n t) h s d", "(n t) h s d -> n (t s) (h d)"),
         }[along]
-        q, k, v = rearrange(qkv[..., 1:, :], to_groups, t=times)
-        k_cls, v_cls = qkv[1:, :, None, :, :1].expand(2, -1, k.shape[1], -1, -1, -1)
+        q, k, v = rearrange(qkv[..., 1:, :], f"three n h (t s) d -> three {grouped}", t=times)
+        k_cls, v_cls = repeat(qkv[1:, :, :, :1], "two n h one d -> two (n groups) h one d", groups=q.shape[0] // x.shape[0])
         patches = F.scaled_dot_product_attention(q, torch.cat([k_cls, k], dim=-2), torch.cat([v_cls, v], dim=-2))
-        return self.proj(torch.cat([rearrange(cls, "n h one d -> n one (h d)"), rearrange(patches, from_groups)], dim=1))
+        patches = rearrange(patches, ungrouped, n=x.shape[0])
+        return self.proj(torch.cat([rearrange(cls, "n h one d -> n one (h d)"), patches], dim=1))
 
 
 class Mlp(nn.Module):
