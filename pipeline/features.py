@@ -68,6 +68,8 @@ class FeatureOptions:
     """Stored views of a clip: the centre crop, then random crops and flips."""
     tower: TowerOptions = field(default_factory=TowerOptions)
     codec: CodecOptions = field(default_factory=CodecOptions)
+    chunk_clips: int = 8
+    """Clips that one call of a process takes: segments share batches within it, and a process that dies loses no more than it."""
     decode_threads: int = 2
     """Clips decoded at the same time in each process."""
     decode_ahead: int = 4
@@ -113,8 +115,11 @@ class Featuriser:
     def __init__(self, options: FeatureOptions, *, with_codec: bool = True) -> None:
         """Loads both networks. Raises ValueError for a wrong option, FileNotFoundError where weights are missing."""
         check_hop(options.hop_frames)
-        if min(options.views, options.tower.batch_segments, options.decode_threads, options.decode_ahead, options.tower.threads) < 1:
-            raise ValueError("views, tower.batch_segments, tower.threads, decode_threads and decode_ahead must be at least 1")
+        if (
+            min(options.views, options.tower.batch_segments, options.decode_threads, options.decode_ahead, options.chunk_clips, options.tower.threads)
+            < 1
+        ):
+            raise ValueError("views, chunk_clips, tower.batch_segments, tower.threads, decode_threads and decode_ahead must be at least 1")
         self.options = options
         self.device = pick_device(options.tower.device)
         torch.set_num_threads(options.tower.threads)
@@ -197,6 +202,7 @@ def networks_spec(options: FeatureOptions) -> dict:
     return {
         "hop_frames": options.hop_frames,
         "views": options.views,
+        "chunk_clips": options.chunk_clips,
         "tower": {
             "config": asdict(load_tower(tower.weights).config),
             "weights_sha256": sha256_file(resolve(tower.weights)),

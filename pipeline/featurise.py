@@ -1,7 +1,8 @@
 """`soundshard featurise`: media shards -> feature shards. Each media clip is decoded once; what runs on it is `pipeline.features`' matter."""
 
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def run(config: FeaturiseConfig) -> Summary:
         config = replace(config, tower=settle_device(config.tower))
         info = feature_info(config, {"media_fingerprint": media.info.fingerprint}, plans)
         pool = actor_pool(FeaturiseActor, config)
-        summary = run_shards(  # one shard per call, one call per actor at a time
-            config.out, info, plans, lambda plan, ticker: pool.submit("shard", plan, ticker), in_flight=pool.size, stage="featurise"
+        summary = run_shards(  # a few clips per call of an actor, one write per shard
+            config.out, info, plans, lambda plan, ticker: submit(plan, ticker, pool, config), in_flight=config.in_flight, stage="featurise"
         )
     finish(summary, stage="featurise", out=config.out, max_failed_fraction=config.max_failed_fraction)
     return summary
@@ -82,22 +83,36 @@ def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPla
     return DatasetInfo("features", SCHEMA_VERSION, spec, fingerprint(spec), {"weights": weights, "inputs": inputs})
 
 
+def submit(plan: ShardPlan, ticker: ActorHandle, pool: "ActorPool", config: FeaturiseConfig) -> ray.ObjectRef:
+    """Start the calls for a shard's clips and the task that writes them."""
+    chunks = [pool.call("chunk", chunk, ticker) for chunk in chunks_of(plan.clips, config.chunk_clips)]
+    return ray.remote(write_task).options(num_cpus=0, max_retries=10).remote(config.out, plan.name, chunks)
+
+
+def chunks_of(clips: Sequence[Clip], size: int) -> list[Sequence[Clip]]:
+    """The clips in groups of `size`, the last one smaller."""
+    return [clips[start : start + size] for start in range(0, len(clips), size)]
+
+
+def write_task(root: str, name: str, chunks: list[ray.ObjectRef]) -> Outcome:
+    """Write the shard as its chunks come in. Repeating it after a fault writes the same bytes."""
+    return write_shard(root, name, (entry for chunk in chunks for entry in ray.get(chunk)))
+
+
 class FeaturiseActor:
-    """A process that holds the networks and turns media shards into feature shards."""
+    """A process that holds the networks and turns clips of the media dataset into entries of the feature dataset."""
 
     def __init__(self, config: FeaturiseConfig) -> None:
-        self._config = config
         self._featuriser = Featuriser(config)
         self._media = Index.open(config.data, kind="media")
 
-    def shard(self, plan: ShardPlan, ticker: ActorHandle) -> Outcome:
-        """Featurise and write one shard."""
-        return write_shard(self._config.out, plan.name, self._entries(plan, ticker))
-
-    def _entries(self, plan: ShardPlan, ticker: ActorHandle) -> Iterator[Entry]:
-        for clip, features in self._featuriser.run(plan.clips, self._decode):
+    def chunk(self, clips: Sequence[Clip], ticker: ActorHandle) -> list[Entry]:
+        """Featurise a few clips, in order."""
+        entries = []
+        for clip, features in self._featuriser.run(clips, self._decode):
             ticker.tick.remote(1, int(isinstance(features, MediaError)))
-            yield feature_entry(clip, features, self._featuriser)
+            entries.append(feature_entry(clip, features, self._featuriser))
+        return entries
 
     def _decode(self, clip: Clip) -> Decoded:
         if clip.reason:
@@ -126,21 +141,14 @@ def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featu
 
 
 class ActorPool:
-    """Actors with one call in flight each: killing a hung one never takes an innocent queued call with it."""
+    """Actors that take calls in turn. A call that dies with its actor is repeated on the restarted one."""
 
     def __init__(self, actors: Sequence[ActorHandle]) -> None:
-        self._last: dict[ActorHandle, ray.ObjectRef | None] = dict.fromkeys(actors)
+        self._turns = itertools.cycle(actors)
 
-    @property
-    def size(self) -> int:
-        """How many calls may be in flight."""
-        return len(self._last)
-
-    def submit(self, method: str, plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
-        """Call `method` on an actor that is free. There is one as long as at most `size` calls are in flight."""
-        actor = next(a for a, last in self._last.items() if last is None or ray.wait([last], timeout=0)[0])
-        self._last[actor] = getattr(actor, method).remote(plan, ticker)
-        return self._last[actor]
+    def call(self, method: str, *arguments: object) -> ray.ObjectRef:
+        """Call `method` on the actor whose turn it is."""
+        return getattr(next(self._turns), method).remote(*arguments)
 
 
 def settle_device(tower: TowerOptions) -> TowerOptions:
@@ -156,7 +164,12 @@ def actor_pool(actor_class: type, config: FeaturiseOptions, *arguments: str) -> 
     resources = ray.cluster_resources()
     count = config.actors or max(1, int(resources.get("GPU", 1)) if on_gpu else int(resources.get("CPU", 1)) // config.tower.threads)
     remote = ray.remote(actor_class).options(
-        num_gpus=1 if on_gpu else 0, num_cpus=config.decode_threads if on_gpu else config.tower.threads, max_restarts=-1, max_task_retries=2
+        num_gpus=1 if on_gpu else 0,
+        num_cpus=config.decode_threads if on_gpu else config.tower.threads,
+        # On a GPU a second call decodes its first clips while the one before it computes its last batches.
+        max_concurrency=2 if on_gpu else 1,
+        max_restarts=-1,
+        max_task_retries=2,
     )
     return ActorPool([remote.remote(config, *arguments) for _ in range(count)])
 

@@ -1,7 +1,7 @@
 """`soundshard prepare`: clips -> media shards -> feature shards, both stages one after the other or fused into one."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import av
 import numpy as np
+import ray
 from ray.actor import ActorHandle
 
 from configs.load import job_main
@@ -57,23 +58,35 @@ def _run_fused(config: PrepareConfig, media: str, features: str) -> Summary:
         config = replace(config, tower=featurise.settle_device(config.tower))
         info = featurise.feature_info(config, {"media_fingerprint": media_info.fingerprint, "fused": True}, plans)
         create_or_check(media, media_info)
-        pool = featurise.actor_pool(FusedActor, config, media, features)
-        summary = run_shards(features, info, plans, lambda plan, ticker: pool.submit("shard", plan, ticker), in_flight=pool.size, stage="prepare")
+        pool = featurise.actor_pool(FusedActor, config)
+
+        def submit(plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
+            chunks = [pool.call("chunk", chunk, ticker) for chunk in featurise.chunks_of(plan.clips, config.chunk_clips)]
+            return ray.remote(write_both).options(num_cpus=0, max_retries=10).remote(media, features, plan.name, chunks)
+
+        summary = run_shards(features, info, plans, submit, in_flight=config.in_flight, stage="prepare")
     write_manifest(media)
     finish(summary, stage="prepare", out=config.out, max_failed_fraction=config.max_failed_fraction)
     return summary
 
 
+def write_both(media: str, features: str, name: str, chunks: list[ray.ObjectRef]) -> Outcome:
+    """Write the shard of both datasets; the media shard is committed first, so the feature shard stands for both."""
+    write_shard(media, name, (entry for chunk in chunks for entry in ray.get(chunk)[0]))
+    return write_shard(features, name, (entry for chunk in chunks for entry in ray.get(chunk)[1]))
+
+
 class FusedActor:
     """A process that re-encodes clips and featurises the same pictures while it has them."""
 
-    def __init__(self, config: PrepareConfig, media: str, features: str) -> None:
-        self._config, self._media, self._features = config, media, features
+    def __init__(self, config: PrepareConfig) -> None:
+        self._config = config
         self._featuriser = Featuriser(config)
 
-    def shard(self, plan: ShardPlan, ticker: ActorHandle) -> Outcome:
-        """Write the shard of both datasets; the media shard is committed first."""
+    def chunk(self, clips: Sequence[Clip], ticker: ActorHandle) -> tuple[list[Entry], list[Entry]]:
+        """Media entries and feature entries of a few clips, in order."""
         media: dict[str, Entry] = {}
+        features = []
 
         def decode(clip: Clip) -> Decoded:
             """In a decoding thread: encode the clip and hand its pictures and sound on."""
@@ -89,14 +102,10 @@ class FusedActor:
             rate, channels = self._featuriser.decode_rates() or (0, 0)
             return Decoded(pictures, resampled(audio, encoded.clip.sample_rate_hz, rate, channels))
 
-        def entries() -> Iterator[Entry]:
-            for clip, features in self._featuriser.run(plan.clips, decode):
-                ticker.tick.remote(1, int(isinstance(features, MediaError)))
-                yield featurise.feature_entry(clip, features, self._featuriser)
-
-        rows = list(entries())
-        write_shard(self._media, plan.name, (media[clip.source] for clip in plan.clips))
-        return write_shard(self._features, plan.name, rows)
+        for clip, found in self._featuriser.run(clips, decode):
+            ticker.tick.remote(1, int(isinstance(found, MediaError)))
+            features.append(featurise.feature_entry(clip, found, self._featuriser))
+        return [media[clip.source] for clip in clips], features
 
 
 def resampled(audio: np.ndarray, from_hz: int, to_hz: int, channels: int) -> np.ndarray:
