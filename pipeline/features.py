@@ -140,12 +140,12 @@ class Featuriser:
             if isinstance(decoded, MediaError):
                 queue.append((item, decoded))
             else:
-                frames = decoded.frames
-                segments = segment_count(len(frames), self.options.hop_frames)
+                count, height, width, _ = decoded.frames.shape
+                segments = segment_count(count, self.options.hop_frames)
                 if not segments:
-                    queue.append((item, MediaError("too_short", f"{len(frames)} frames at 25 fps; a segment is {SEGMENT_FRAMES}")))
+                    queue.append((item, MediaError("too_short", f"{count} frames at 25 fps; a segment is {SEGMENT_FRAMES}")))
                 else:
-                    crops = [view_crop(self._key(item), view, *frames.shape[1:3], size) for view in range(self.options.views)]
+                    crops = [view_crop(self._key(item), view, height, width, size) for view in range(self.options.views)]
                     clip = _Open(item, decoded, crops, self._encode(decoded.sound), segments * len(crops))
                     queue.append(clip)
                     pending.extend((clip, view, segment) for view in range(len(crops)) for segment in range(segments))

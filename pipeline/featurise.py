@@ -9,14 +9,13 @@ from pathlib import Path
 import encodec
 import ray
 import torch
-from ray.actor import ActorHandle
 
 from configs.load import job_main
 from model.weights import resolve
 from pipeline.discover import Clip
 from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, TowerOptions, networks_spec
 from pipeline.media import MediaError, decode
-from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
+from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
 from pipeline.reencode import JobOptions, media_libraries
 from shards.dataset import DatasetInfo, fingerprint, json_bytes
 from shards.read import Index
@@ -83,7 +82,7 @@ def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPla
     return DatasetInfo("features", SCHEMA_VERSION, spec, fingerprint(spec), {"weights": weights, "inputs": inputs})
 
 
-def submit(plan: ShardPlan, ticker: ActorHandle, pool: "ActorPool", config: FeaturiseConfig) -> ray.ObjectRef:
+def submit(plan: ShardPlan, ticker: Actor, pool: "ActorPool", config: FeaturiseConfig) -> ray.ObjectRef:
     """Start the calls for a shard's clips and the task that writes them."""
     chunks = [pool.call("chunk", chunk, ticker) for chunk in chunks_of(plan.clips, config.chunk_clips)]
     return ray.remote(write_task).options(num_cpus=0, max_retries=10).remote(config.out, plan.name, chunks)
@@ -106,7 +105,7 @@ class FeaturiseActor:
         self._featuriser = Featuriser(config)
         self._media = Index.open(config.data, kind="media")
 
-    def chunk(self, clips: Sequence[Clip], ticker: ActorHandle) -> list[Entry]:
+    def chunk(self, clips: Sequence[Clip], ticker: Actor) -> list[Entry]:
         """Featurise a few clips, in order."""
         entries = []
         for clip, features in self._featuriser.run(clips, self._decode):
@@ -143,7 +142,7 @@ def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featu
 class ActorPool:
     """Actors that take calls in turn. A call that dies with its actor is repeated on the restarted one."""
 
-    def __init__(self, actors: Sequence[ActorHandle]) -> None:
+    def __init__(self, actors: Sequence[Actor]) -> None:
         self._turns = itertools.cycle(actors)
 
     def call(self, method: str, *arguments: object) -> ray.ObjectRef:

@@ -10,7 +10,6 @@ from typing import TypeVar
 import av
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 
 from configs.load import job_main
 from pipeline import featurise, reencode
@@ -18,7 +17,7 @@ from pipeline.decode import channel_layout
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import Decoded, Featuriser
 from pipeline.media import MediaError
-from pipeline.ray_loop import ShardPlan, Summary, cluster, finish, plan_shards, run_shards
+from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, plan_shards, run_shards
 from shards.dataset import create_or_check
 from shards.write import Entry, Outcome, write_manifest, write_shard
 
@@ -60,7 +59,7 @@ def _run_fused(config: PrepareConfig, media: str, features: str) -> Summary:
         create_or_check(media, media_info)
         pool = featurise.actor_pool(FusedActor, config)
 
-        def submit(plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
+        def submit(plan: ShardPlan, ticker: Actor) -> ray.ObjectRef:
             chunks = [pool.call("chunk", chunk, ticker) for chunk in featurise.chunks_of(plan.clips, config.chunk_clips)]
             return ray.remote(write_both).options(num_cpus=0, max_retries=10).remote(media, features, plan.name, chunks)
 
@@ -83,7 +82,7 @@ class FusedActor:
         self._config = config
         self._featuriser = Featuriser(config)
 
-    def chunk(self, clips: Sequence[Clip], ticker: ActorHandle) -> tuple[list[Entry], list[Entry]]:
+    def chunk(self, clips: Sequence[Clip], ticker: Actor) -> tuple[list[Entry], list[Entry]]:
         """Media entries and feature entries of a few clips, in order."""
         media: dict[str, Entry] = {}
         features = []

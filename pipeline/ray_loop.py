@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 from configs.load import JobError
@@ -134,7 +134,9 @@ class Ticker:
         return self._done, self._failed
 
 
-Submit = Callable[[ShardPlan, ActorHandle], ray.ObjectRef]
+Actor = Any
+"""A Ray actor's handle, for which Ray has no type that its own functions accept."""
+Submit = Callable[[ShardPlan, Actor], ray.ObjectRef]
 
 
 def run_shards(root: str, info: DatasetInfo, plans: Sequence[ShardPlan], submit: Submit, *, in_flight: int, stage: str) -> Summary:
@@ -150,7 +152,7 @@ def run_shards(root: str, info: DatasetInfo, plans: Sequence[ShardPlan], submit:
     print(f"{stage}: {len(plans) - len(todo)} shards done, {len(todo)} to do ({total} clips)", flush=True)
     started, summary = time.monotonic(), Summary(clips_now=total)
     open_refs: dict[ray.ObjectRef, ShardPlan] = {}
-    ticker = ray.remote(Ticker).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    ticker: Actor = ray.remote(Ticker).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     # On a terminal one line is redrawn; in a log a line every half minute is enough.
     interval = 0.2 if sys.stderr.isatty() else 30
     with tqdm(total=total, desc=stage, unit="clip", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=not todo) as bar:
@@ -163,7 +165,7 @@ def run_shards(root: str, info: DatasetInfo, plans: Sequence[ShardPlan], submit:
                 plan = open_refs.pop(ref)
                 try:
                     ray.get(ref)
-                except (ray.exceptions.RayError, OSError, ValueError) as error:
+                except (RayError, OSError, ValueError) as error:
                     for other in open_refs:
                         ray.cancel(other, force=False)
                     raise JobError(
@@ -207,4 +209,4 @@ def _root_cause(error: BaseException) -> str:
     """What went wrong in a worker, in a line: Ray's own text holds the worker's whole traceback, which ends in the error itself."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if isinstance(cause, ray.exceptions.RayError) and lines else f"{type(cause).__name__}: {cause}"
+    return lines[-1] if isinstance(cause, RayError) and lines else f"{type(cause).__name__}: {cause}"

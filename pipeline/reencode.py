@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import av
 import ray
-from ray.actor import ActorHandle
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from configs.load import job_main, to_plain
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.media import EncodeConfig, EncodedClip, MediaError, reencode
-from pipeline.ray_loop import RayConfig, ShardPlan, Summary, cluster, finish, inputs_sha256, plan_shards, run_shards
+from pipeline.ray_loop import Actor, RayConfig, ShardPlan, Summary, cluster, finish, inputs_sha256, plan_shards, run_shards
 from shards.dataset import DatasetInfo, fingerprint
 from shards.write import Entry, Outcome, json_bytes, write_shard
 
@@ -75,7 +75,7 @@ def media_libraries() -> dict[str, str]:
     return {"av": av.__version__, **{name: ".".join(map(str, version)) for name, version in sorted(av.library_versions.items())}}
 
 
-def submit(plan: ShardPlan, ticker: ActorHandle, config: ReencodeConfig) -> ray.ObjectRef:
+def submit(plan: ShardPlan, ticker: Actor, config: ReencodeConfig) -> ray.ObjectRef:
     """Start one task per clip and the task that writes their shard."""
     encode = ray.remote(encode_task).options(num_cpus=1, max_retries=2)
     encoded = [None if clip.reason else encode.remote(clip, config.encode, ticker) for clip in plan.clips]
@@ -99,14 +99,14 @@ def encode_clip(clip: Clip, config: EncodeConfig, *, keep_frames: bool = False) 
         return Encoded(None, error.reason, error.message)
 
 
-def encode_task(clip: Clip, config: EncodeConfig, ticker: ActorHandle) -> Encoded:
+def encode_task(clip: Clip, config: EncodeConfig, ticker: Actor) -> Encoded:
     """One clip's task."""
     encoded = encode_clip(clip, config)
     ticker.tick.remote(1, int(encoded.clip is None))
     return encoded
 
 
-def write_task(root: str, plan: ShardPlan, encoded: list[ray.ObjectRef | None], ticker: ActorHandle) -> Outcome:
+def write_task(root: str, plan: ShardPlan, encoded: list[ray.ObjectRef | None], ticker: Actor) -> Outcome:
     """Write the shard as its clips come in. Repeating it after a fault writes the same bytes."""
 
     def entries() -> Iterator[Entry]:
@@ -122,9 +122,9 @@ def _result(ref: ray.ObjectRef) -> Encoded:
     """A clip's result; a process that dies over a clip again and again costs that clip a row, not the job."""
     try:
         return ray.get(ref)
-    except ray.exceptions.OutOfMemoryError as error:
+    except OutOfMemoryError as error:
         return Encoded(None, "out_of_memory", str(error).splitlines()[0])
-    except ray.exceptions.WorkerCrashedError as error:
+    except WorkerCrashedError as error:
         return Encoded(None, "crashed", f"the process that decoded this clip died each time it was tried: {str(error).splitlines()[0]}")
 
 

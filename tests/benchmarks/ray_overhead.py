@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-from ray.actor import ActorHandle
 
 from pipeline.discover import Clip
-from pipeline.ray_loop import RayConfig, ShardPlan, cluster, plan_shards, run_shards
+from pipeline.ray_loop import Actor, RayConfig, ShardPlan, cluster, plan_shards, run_shards
 from shards.dataset import DatasetInfo, create_or_check, fingerprint
 from shards.write import Entry, Outcome, write_shard
 
@@ -29,7 +28,7 @@ def entry(clip: Clip, payload: bytes) -> Entry:
     return Entry(clip.key, clip.split, None, clip.source, 10.0, {"mp4": payload})
 
 
-def make(megabytes: float, ticker: ActorHandle) -> bytes:
+def make(megabytes: float, ticker: Actor) -> bytes:
     """A clip that takes no time to encode."""
     ticker.tick.remote(1, 0)
     return bytes(int(megabytes * 1e6))
@@ -58,7 +57,7 @@ def main(argv: list[str]) -> None:
     plans = plan_shards([Clip(f"clip{n:06d}", f"/{n}", "train") for n in range(count)], 64)
     with tempfile.TemporaryDirectory() as folder, cluster(RayConfig(num_cpus=2)):
 
-        def submit(plan: ShardPlan, ticker: ActorHandle) -> ray.ObjectRef:
+        def submit(plan: ShardPlan, ticker: Actor) -> ray.ObjectRef:
             return write_task.remote(f"{folder}/ray", plan, [make_task.remote(megabytes, ticker) for _ in plan.clips])
 
         run_shards(
