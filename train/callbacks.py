@@ -111,10 +111,11 @@ class Metrics(Callback):
         self._steps = 0
         self._validation_began = 0.0
         self._bar: tqdm | None = None
-        self.validation_loss = math.inf
-        """The latest validation's."""
+        self._terminal = sys.stderr.isatty()
         self.best = math.inf
-        """The smallest validation loss before that one, in this run's earlier processes too."""
+        """The smallest validation loss so far, in this run's earlier processes too."""
+        self.improved = False
+        """Whether the latest validation's is that one."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rows after the checkpoint that training resumes from are dropped: their steps come again."""
@@ -130,7 +131,7 @@ class Metrics(Callback):
         if self._show and trainer.is_global_zero:
             # A log file gets a line now and then instead of a bar that redraws itself.
             self._bar = tqdm(
-                total=self._cadence.max_steps, initial=trainer.global_step, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 20
+                total=self._cadence.max_steps, initial=trainer.global_step, desc="train", unit="step", mininterval=0.5 if self._terminal else 20
             )
         self.stopwatch.read()
 
@@ -149,6 +150,11 @@ class Metrics(Callback):
         per_codebook, _, (waited,) = self._train.take(trainer, self._codebooks, loader.take_wait_seconds())
         seconds, steps, self._steps = self.stopwatch.read(), self._steps, 0
         loss = sum(per_codebook) / len(per_codebook)
+        if not math.isfinite(loss):
+            raise JobError(
+                f"the loss is {loss} at step {trainer.global_step}; nothing was saved after the last checkpoint: resume from an earlier one "
+                "(trainer.ckpt_path=) with a smaller optimiser.learning_rate, or train with trainer.precision=32-true"
+            )
         row = {
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "samples_per_second": steps * self._batch_size / seconds,
@@ -157,16 +163,11 @@ class Metrics(Callback):
         self._write(trainer, "train", loss, per_codebook, row)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {row['samples_per_second']:.1f} samples/s", refresh=False)
-        if not math.isfinite(loss):
-            raise JobError(
-                f"the loss is {loss} at step {trainer.global_step}; nothing was saved after the last checkpoint: resume from an earlier one "
-                "(trainer.ckpt_path=) with a smaller optimiser.learning_rate, or train with trainer.precision=32-true"
-            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_began = time.perf_counter()
         if self._bar is not None:
-            self._bar.set_description("validate")
+            self._bar.set_description("validate", refresh=self._terminal)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -179,9 +180,9 @@ class Metrics(Callback):
         seconds = time.perf_counter() - self._validation_began
         self._write(trainer, "validation", loss, per_codebook, {"samples": int(samples), "samples_per_second": samples / seconds})
         if self._bar is not None:
-            self._bar.set_description("train")
+            self._bar.set_description("train", refresh=self._terminal)
             self._bar.write(f"step {trainer.global_step}: validation loss {loss:.4f}", file=sys.stderr)
-        self.best, self.validation_loss = min(self.best, self.validation_loss), loss
+        self.improved, self.best = loss < self.best, min(loss, self.best)
         self.stopwatch.forget(seconds)
 
     def _write(self, trainer: Trainer, split: str, loss: float, per_codebook: list[float], more: Mapping[str, float | int]) -> None:
@@ -283,7 +284,7 @@ class Checkpoints(Callback):
             raise Stopped
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._metrics.validation_loss < self._metrics.best:
+        if self._metrics.improved:
             self._save(trainer, pl_module, "best", BEST)
 
     def _must_stop(self, trainer: Trainer, step: int) -> bool:

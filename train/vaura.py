@@ -112,6 +112,9 @@ def run(config: TrainConfig) -> Path:
         # The first process alone reports it; Lightning would take another's status for a crash and kill the rest.
         if is_first():
             raise KeyboardInterrupt from None
+    else:
+        best = f", smallest validation loss {metrics.best:.4f}" if validation else ""
+        say(f"{folder} is finished: step {config.trainer.max_steps}{best}; `soundshard generate run={folder}` uses it")
     return folder
 
 
@@ -169,7 +172,10 @@ class VauraModule(LightningModule):
         trainer, config = self.trainer, self._config
         part = batch_idx % config.trainer.accumulate
         words = np.random.SeedSequence([config.seed, trainer.global_step, part, trainer.global_rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0]))
+        # torch.manual_seed notes a stack trace for every kind of device that is not there: a hundred times as long.
+        torch.default_generator.manual_seed(int(words[0]))
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(int(words[0]))
         if part == 0:
             rate = config.optimiser.learning_rate * config.schedule.factor(trainer.global_step, config.trainer.max_steps)
             for group in trainer.optimizers[0].param_groups:
@@ -186,9 +192,9 @@ class VauraModule(LightningModule):
     def validation_step(self, batch: Windows) -> dict[str, torch.Tensor]:
         return {"per_codebook": self.model.training_loss(batch.codes, self._tokens(batch)).per_codebook}
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:  # noqa: ARG002
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:  # noqa: ARG002 - Lightning's
         """Here and not by Lightning's option, which refuses fused optimisers although they clip well without a gradient scaler."""
-        clip_gradients(self.model.parameters(), self._config.optimiser)
+        clip_gradients([p for group in optimizer.param_groups for p in group["params"]], self._config.optimiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["identity"] = identity(self._described)
@@ -203,7 +209,8 @@ def describe(config: TrainConfig, described: RunConfig, train: Index, validation
         [
             f"data   {config.data}: {train.ok} training clips, {validation.ok if validation else 'no'} validation clips",
             f"model  {model.layers} layers of width {model.width}, {model.codebooks} codebooks of {model.card}: {parameters / 1e6:.1f} M parameters",
-            f"run    {config.out} {begin}, to step {config.trainer.max_steps}; batches of {config.stream.batch_size}, {config.trainer.precision}",
+            f"run    {config.out} {begin}, to step {config.trainer.max_steps}; {config.trainer.resolved_precision}, "
+            f"batches of {config.stream.batch_size}",
         ]
     )
 
