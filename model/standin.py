@@ -86,7 +86,9 @@ def sound_targets(wave: Float[Tensor, "b samples"], tokens: int) -> Float[Tensor
     if wave.shape[1] % (4 * tokens):
         raise ValueError(f"sound of {wave.shape[1]} samples; expected a multiple of {4 * tokens}")
     spectrum = torch.fft.rfft(wave.unflatten(1, (tokens, -1)), norm="ortho").abs().square()
+    # The lowest band begins at 0.
     edges = (torch.logspace(-SOUND_BANDS * 0.75, 0, SOUND_BANDS + 1, base=2) * spectrum.shape[-1]).long().tolist()
+    edges[0] = 0
     bands = [spectrum[..., lo : max(hi, lo + 1)].mean(-1) for lo, hi in itertools.pairwise(edges)]
     quarters = torch.log10(wave.unflatten(1, (4 * tokens, -1)).square().mean(-1) + 1e-6)
     rises = F.pad(quarters.diff(dim=1).clamp(min=0), (1, 0)).unflatten(1, (tokens, 4)).amax(-1)
@@ -138,20 +140,22 @@ def fit_codec(
         middle = config.band_edges[2 * pair + 1] - lo
         energy = gains[:, lo:hi].square().mean(1)
         rows, weights = shapes[energy > 0, lo:hi], energy[energy > 0] ** 0.7
-        rows = rows if pair < waveform_pairs else _unit_loudness(rows, middle)
+        rows = rows if pair < waveform_pairs else _unit_loudness(rows, middle, generator)
         if len(rows) >= config.card:
             book = kmeans(rows, config.card, weights=weights, iterations=iterations, generator=generator)
         else:  # Hardly any sound up there: any shape will do.
             book = torch.randn(config.card, hi - lo, generator=generator)
-        codec.shapes[pair].data = book if pair < waveform_pairs else _unit_loudness(book, middle)
+        codec.shapes[pair].data = book if pair < waveform_pairs else _unit_loudness(book, middle, generator)
         error = (rows - book[nearest(rows, book)]).square().mean().item() if len(rows) else 0.0
         progress(config.envelope_codebooks + pair + 1, codec.codebooks, error)
     return codec.eval()
 
 
-def _unit_loudness(rows: Float[Tensor, "n d"], middle: int) -> Float[Tensor, "n d"]:
-    """Rows whose two bands, `[0, middle)` and the rest, have a mean square of 1 (less where there is next to nothing)."""
-    return torch.cat([band / band.square().mean(1, keepdim=True).sqrt().clamp(min=0.1) for band in (rows[:, :middle], rows[:, middle:])], dim=1)
+def _unit_loudness(rows: Float[Tensor, "n d"], middle: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Rows whose two bands, `[0, middle)` and the rest, have a mean square of 1. A band of zeros becomes noise: as an entry's, it would be the
+    nearest to any noise, and silence it."""
+    noisy = rows + 0.03 * torch.randn(rows.shape, generator=generator)
+    return torch.cat([band / band.square().mean(1, keepdim=True).sqrt() for band in (noisy[:, :middle], noisy[:, middle:])], dim=1)
 
 
 def kmeans(
