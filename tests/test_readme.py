@@ -1,0 +1,62 @@
+"""What the README says of the repository is so: its map, its jobs, its commands; and every YAML fits the schema it is for."""
+
+import importlib
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from configs import cli, load
+from pipeline import demo
+from train import vaura
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_map_names_every_module() -> None:
+    linked = {Path(link).name for link in re.findall(r"\]\(([\w/.]+)\)", README)}
+    modules = {p.name for folder in ("configs", "shards", "model", "pipeline", "train") for p in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert modules <= linked, f"the README's map lacks {sorted(modules - linked)}"
+    assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)([\w/.]+/[\w.]+)\)", README))
+
+
+def test_every_job_is_there_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for job, (module, _) in cli.JOBS.items():
+        assert re.search(rf"`{job}[ `]", README), f"the README does not mention the job {job}"
+        assert importlib.import_module(module).main(["--help"]) == 0
+        described = capsys.readouterr().out
+        assert f"usage: soundshard {job}" in described
+        undocumented = re.findall(r"^  (\S+): .*\n(?!      )", described + "\n", re.MULTILINE)
+        assert not undocumented, f"{job}: options without a docstring: {undocumented}"
+
+
+def test_options_in_the_readme_exist() -> None:
+    commands = re.findall(r"^soundshard (\w+) (.*)$", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for job, arguments in commands:
+        module = importlib.import_module(cli.JOBS[job][0])
+        schema = next(value for name, value in vars(module).items() if name.lower() == f"{job}config")
+        load.load(schema, arguments.split("#")[0].split())
+
+
+def test_every_yaml_fits_its_schema() -> None:
+    schemas = {"demo": demo.DemoConfig, "train_vaura": vaura.TrainConfig}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(schemas)
+    load.load(demo.DemoConfig, ["config=demo"])
+    load.load(vaura.TrainConfig, ["config=train_vaura", "data=x", "out=y"])
+    sections = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    for job in {f.name for f in fields(demo.DemoConfig)} & set(cli.JOBS):
+        module = importlib.import_module(cli.JOBS[job][0])
+        schema = next(value for name, value in vars(module).items() if name.lower() == f"{job}config")
+        OmegaConf.merge(OmegaConf.structured(schema), sections.get(job, {}))
+
+
+def test_nothing_large_is_in_the_repository() -> None:
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    large = [name for name in names if name and (ROOT / name).stat().st_size > 2_000_000]
+    assert not large
