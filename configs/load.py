@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
+REQUIRED = "???"
+"""The default of a field that has none: OmegaConf's mark for a mandatory value."""
 
 
 class JobError(RuntimeError):
@@ -82,22 +84,29 @@ def help_text(schema: type, *, command: str, summary: str, positional: str | Non
     usage = f"usage: soundshard {command} {f'{positional.upper()} ' if positional else ''}[config=FILE] [key=value ...]"
     lines = [usage, "", summary.strip(), "", "options:"]
     for name, annotation, default, doc in options(schema):
-        lines.append(f"  {name}: {annotation} = {default}" if default is not dataclasses.MISSING else f"  {name}: {annotation} (required)")
+        lines.append(f"  {name}: {annotation} (required)" if default == REQUIRED else f"  {name}: {annotation} = {_shown(default)}")
         lines += textwrap.wrap(doc, 110, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
-def options(schema: type, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """(dotted name, type, default, docstring) of every field, nested sections included."""
+def options(schema: type, prefix: str = "", default: Any = None) -> Iterator[tuple[str, str, Any, str]]:
+    """(dotted name, type, default, docstring) of every field, nested sections included. `default` is the section that holds the defaults."""
     docs, hints = _field_docs(schema), typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        hint = hints[field.name]
+        hint, value = hints[field.name], getattr(default, field.name) if default is not None else _default(field)
         if dataclasses.is_dataclass(hint):
-            yield from options(typing.cast(type, hint), f"{prefix}{field.name}.")
-            continue
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
-        yield prefix + field.name, text, "null" if default is None else "MISSING" if default == "???" else default, docs.get(field.name, "")
+            yield from options(typing.cast(type, hint), f"{prefix}{field.name}.", value)
+        else:
+            text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+            yield prefix + field.name, text, value, docs.get(field.name, "")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _shown(default: Any) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else repr(default) if default == "" else str(default)
 
 
 def job_main(schema: type[T], run: Callable[[T], Any], argv: Sequence[str] | None = None, *, command: str, positional: str | None = None) -> int:
