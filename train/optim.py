@@ -58,14 +58,17 @@ class ScheduleConfig:
             )
 
 
-def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: what decays, and what does not. Fused into one kernel per step (CPU, CUDA and MPS have it)."""
+def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig, *, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW in two groups: what decays, and what does not. `fused` makes a step one kernel (CPU, CUDA and MPS have it).
+
+    Under a gradient scaler (precision 16-mixed) it must not be fused: the fused step undoes the scaling itself, after gradients were clipped.
+    """
     trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> None:

@@ -157,14 +157,15 @@ class VauraModule(LightningModule):
         self._described, self._config = described, config
         torch.manual_seed(config.seed)
         self.model = Vaura(described.model)
+        self._fused = config.trainer.resolved_precision != "16-mixed"
         self._loss = torch.compile(self.model.training_loss, dynamic=False) if config.trainer.compile else self.model.training_loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimiser(self.model.parameters(), self._config.optimiser)
+        return build_optimiser(self.model.parameters(), self._config.optimiser, fused=self._fused)
 
     def on_train_start(self) -> None:
         """Options win over what a checkpoint brought: resuming with another weight decay means it."""
-        fresh = build_optimiser(self.model.parameters(), self._config.optimiser)
+        fresh = build_optimiser(self.model.parameters(), self._config.optimiser, fused=self._fused)
         for group, given in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
             group.update({name: value for name, value in given.items() if name != "params"})
 

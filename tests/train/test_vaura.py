@@ -17,7 +17,7 @@ from shards.dataset import fingerprint
 from tests.train.data import CARD, CODEBOOKS, WIDTH, small_config, write_features
 from train.callbacks import read_metrics
 from train.trainer import TrainerConfig
-from train.vaura import ModelOptions, TrainConfig, derive_model, main, run
+from train.vaura import ModelOptions, TrainConfig, VauraModule, derive_model, main, run
 
 ENCODEC = {"tower": {"config": {"width": 768}}, "codec": {"sample_rate_hz": 24000, "hop_samples": 320, "codebooks": 8, "card": 1024}}
 DAC = {"tower": {"config": {"width": 768}}, "codec": {"sample_rate_hz": 44100, "hop_samples": 512, "codebooks": 9, "card": 1024}}
@@ -53,6 +53,14 @@ def test_half_precision_only_where_it_pays() -> None:
     assert TrainerConfig(accelerator="cpu").resolved_precision == "32-true"
     assert TrainerConfig(accelerator="gpu").resolved_precision == "bf16-mixed"
     assert TrainerConfig(accelerator="cpu", precision="bf16-mixed").resolved_precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
+def test_a_gradient_scaler_gets_an_optimiser_whose_gradients_are_unscaled_before_they_are_clipped(
+    precision: str, fused: bool, straight: Path
+) -> None:
+    config = TrainConfig(data="", out="", trainer=TrainerConfig(precision=precision))
+    assert VauraModule(read_config(straight), config).configure_optimizers().defaults["fused"] is fused
 
 
 def test_model_follows_the_dataset() -> None:
