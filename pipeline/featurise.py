@@ -17,11 +17,9 @@ from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, Tow
 from pipeline.media import MediaError, decode
 from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
 from pipeline.reencode import JobOptions, media_libraries
-from shards.dataset import DatasetInfo, fingerprint, json_bytes
+from shards.dataset import DatasetInfo, json_bytes, new_info
 from shards.read import Index
 from shards.write import Entry, Outcome, write_shard
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPla
         "codec": {"path": str(Path(resolve(options.codec.weights or options.codec.name)).resolve()), "sha256": spec["codec"]["weights_sha256"]},
     }
     inputs = {"clips": sum(len(plan.clips) for plan in plans), "sha256": inputs_sha256(plans)}
-    return DatasetInfo("features", SCHEMA_VERSION, spec, fingerprint(spec), {"weights": weights, "inputs": inputs})
+    return new_info("features", spec, {"weights": weights, "inputs": inputs})
 
 
 def submit(plan: ShardPlan, ticker: Actor, pool: "ActorPool", config: FeaturiseConfig) -> ray.ObjectRef:

@@ -12,10 +12,8 @@ from configs.load import job_main, to_plain
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.media import EncodeConfig, EncodedClip, MediaError, reencode
 from pipeline.ray_loop import Actor, RayConfig, ShardPlan, Summary, cluster, finish, inputs_sha256, plan_shards, run_shards
-from shards.dataset import DatasetInfo, fingerprint
+from shards.dataset import DatasetInfo, new_info
 from shards.write import Entry, Outcome, json_bytes, write_shard
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def media_info(config: MediaOptions, plans: Sequence[ShardPlan]) -> DatasetInfo:
     encode = {name: value for name, value in to_plain(config.encode).items() if name != "decode_threads"}  # the bytes do not depend on it
     spec = {"encode": encode, "clips_per_shard": config.clips_per_shard, "libraries": media_libraries()}
     inputs = {"clips": sum(len(plan.clips) for plan in plans), "sha256": inputs_sha256(plans)}
-    return DatasetInfo("media", SCHEMA_VERSION, spec, fingerprint(spec), {"inputs": inputs})
+    return new_info("media", spec, {"inputs": inputs})
 
 
 def media_libraries() -> dict[str, str]:

@@ -17,7 +17,7 @@ import ray
 
 from pipeline.discover import Clip
 from pipeline.ray_loop import Actor, RayConfig, ShardPlan, cluster, plan_shards, run_shards
-from shards.dataset import DatasetInfo, create_or_check, fingerprint
+from shards.dataset import DatasetInfo, create_or_check, new_info
 from shards.write import Entry, Outcome, write_shard
 
 ENCODE_SECONDS = 3.0
@@ -46,7 +46,7 @@ def write(root: str, plan: ShardPlan, refs: list[ray.ObjectRef]) -> Outcome:
 
 def info(name: str) -> DatasetInfo:
     """A dataset.json for shards that nobody keeps."""
-    return DatasetInfo("media", 1, {"made": name}, fingerprint({"made": name}), {})
+    return new_info("media", {"made": name})
 
 
 def main(argv: list[str]) -> None:
