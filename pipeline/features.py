@@ -33,7 +33,7 @@ class TowerOptions:
 
     weights: str = "avclip"
     """A weights file (a published Segment-AVCLIP, Synchformer or V-AURA checkpoint, or a safetensors file of this project), or the name of a
-    published one in the cache: `soundshard weights list=true` names them."""
+    published one in the cache: `soundshard weights` lists them."""
     device: str = "auto"
     """`cpu`, `cuda` or `auto`: a GPU if there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
