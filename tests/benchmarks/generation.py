@@ -3,7 +3,8 @@
     python -m tests.benchmarks.generation [size=small|full] [steps=192] [rounds=5] [device=cpu] [precision=fp32|bf16] [threads=0] [batch=1]
 
 One step of one sample must read every weight once, so the floor is the weights' bytes over the bandwidth of a copy of as many bytes. Each round runs
-the bandwidth and all cases one after another, so that a busy machine slows them alike; the result is the medians over rounds. The last line is JSON.
+the bandwidth and all cases one after another, so that a busy machine slows them alike; ratios are taken within a round, and the results are medians
+over rounds. The last line is JSON.
 """
 
 import json
@@ -47,12 +48,12 @@ def bandwidth(size_bytes: int, device: str) -> float:
     return 2 * size_bytes / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
-def measure(model: Vaura, steps: int, rounds: int, batch: int, device: str) -> dict[str, float]:
-    """Medians over the rounds: bytes/s of a copy, and each case's steps/s."""
+def measure(model: Vaura, steps: int, rounds: int, batch: int, device: str) -> list[dict[str, float]]:
+    """For each round: bytes/s of a copy, and each case's steps/s."""
     like = model.norm.weight
     features = torch.randn(batch, model.config.window_tokens, model.config.feature_width).to(like)
     sequence_steps = steps + model.config.codebooks - 1
-    samples: dict[str, list[float]] = {"bandwidth": []} | {name: [] for name in CASES}
+    samples = []
     for round_number in range(rounds + 1):
         figures = {"bandwidth": bandwidth(weight_bytes(model), device)}
         for name, (cache, guidance) in CASES.items():
@@ -60,10 +61,8 @@ def measure(model: Vaura, steps: int, rounds: int, batch: int, device: str) -> d
             took = seconds(lambda: generate(model, features, steps=steps, sampling=sampling, seeds=seeds, cache=cache), device)  # noqa: B023
             figures[name] = sequence_steps / took
         print(f"round {round_number}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-        if round_number:  # The first warms up.
-            for name, value in figures.items():
-                samples[name].append(value)
-    return {name: statistics.median(values) for name, values in samples.items()}
+        samples.append(figures)
+    return samples[1:]  # The first warms up.
 
 
 def main(argv: list[str]) -> None:
@@ -83,8 +82,11 @@ def main(argv: list[str]) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith("lm_heads."):
             torch.nn.init.normal_(parameter, std=0.05)
-    figures = measure(model, steps, int(options["rounds"]), batch, device)
-    floor = figures["bandwidth"] / weight_bytes(model)
+    rounds = measure(model, steps, int(options["rounds"]), batch, device)
+
+    def median(figure: Callable[[dict[str, float]], float], digits: int = 2) -> float:
+        return round(statistics.median(map(figure, rounds)), digits)
+
     result = {
         "benchmark": "generation",
         **{name: options[name] for name in ("size", "device", "precision")},
@@ -92,12 +94,14 @@ def main(argv: list[str]) -> None:
         "steps": steps,
         "threads": torch.get_num_threads(),
         "weight_megabytes": round(weight_bytes(model) / 1e6, 1),
-        "copy_gigabytes_per_s": round(figures["bandwidth"] / 1e9, 2),
-        "steps_per_s": {name: round(figures[name], 2) for name in CASES},
-        "cache_speedup": round(figures["cached"] / figures["uncached"], 2),
-        "cache_speedup_guided": round(figures["cached_guided"] / figures["uncached_guided"], 2),
-        "floor_steps_per_s": round(floor, 2),
-        "fraction_of_floor": {name: round(figures[name] / floor, 3) for name in CASES if name.startswith("cached")},
+        "copy_gigabytes_per_s": median(lambda r: r["bandwidth"] / 1e9),
+        "steps_per_s": {name: median(lambda r, name=name: r[name]) for name in CASES},
+        "cache_speedup": median(lambda r: r["cached"] / r["uncached"]),
+        "cache_speedup_guided": median(lambda r: r["cached_guided"] / r["uncached_guided"]),
+        "floor_steps_per_s": median(lambda r: r["bandwidth"] / weight_bytes(model)),
+        "fraction_of_floor": {
+            name: median(lambda r, name=name: r[name] * weight_bytes(model) / r["bandwidth"], 3) for name in CASES if "un" not in name
+        },
     }
     print(json.dumps(result))
 
