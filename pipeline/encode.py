@@ -30,7 +30,7 @@ from pipeline.decode import MediaError, OpenClip, Pictures, Sound, SourceInfo, c
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How clips are re-encoded. The defaults are the published recipe (`-crf 10`, 25 fps, short side 256, AAC mono)."""
+    """How clips are re-encoded. The defaults are the published recipe (`-crf 10`, 25 fps, short side 256, AAC mono), at a preset that costs less."""
 
     frame_rate_hz: int = FRAME_RATE_HZ
     """Frames per second. The segment clock, and so the features, assume 25."""
@@ -38,8 +38,10 @@ class EncodeConfig:
     """Height or width of the pictures, whichever is shorter, in pixels; even. The other follows, rounded down to an even number."""
     crf: float = 10.0
     """x264's constant rate factor: 0 is lossless, 18 looks it, 23 is x264's own default."""
-    preset: str = "medium"
-    """x264's trade of CPU time for size: ultrafast, superfast, veryfast, faster, fast, medium, slow, slower, veryslow."""
+    preset: str = "fast"
+    """x264's trade of CPU time for size: ultrafast, superfast, veryfast, faster, fast, medium, slow, slower, veryslow. Measured on real clips against
+    medium (the published one): fast takes 0.84 of the CPU time for 1.4 % more bytes at the same SSIM; `preset=faster tune=ssim
+    x264_params=ref=1:partitions=i8x8,i4x4` takes half, for 2 % more bytes, 0.0005 less SSIM and 0.3 dB less PSNR."""
     tune: str = ""
     """x264's tuning (film, grain, stillimage, psnr, ssim, fastdecode, zerolatency); empty for none."""
     gop_frames: int = 0

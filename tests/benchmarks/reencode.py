@@ -4,13 +4,15 @@
 
 Without clips, three are made: a textured, panned and noisy scene in three sizes and rates. CPU time (user and system, of the process and its
 children) is what is compared, so a busy machine changes little; a pair's two runs follow each other, and medians are taken over pairs. The sweep
-measures size, SSIM against the scaled source (ffmpeg's filter) and CPU of presets and settings, each also at the CRF that gives back medium's SSIM.
+measures size, CPU, SSIM and PSNR against the scaled source (by ffmpeg's filters) of presets and settings, each also at the CRF that gives back
+medium's SSIM.
 Prints one JSON line last.
 """
 
 import argparse
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -37,24 +39,22 @@ SETTINGS: dict[str, dict[str, str]] = {
     "faster": {"preset": "faster"},
     "veryfast": {"preset": "veryfast"},
     "superfast": {"preset": "superfast"},
-    "medium subme=6": {"x264_params": "subme=6"},
-    "medium subme=5": {"x264_params": "subme=5"},
+    "faster tune=ssim ref=1": {"preset": "faster", "tune": "ssim", "x264_params": "ref=1"},
+    "the same, no P partitions": {"preset": "faster", "tune": "ssim", "x264_params": "ref=1:partitions=i8x8,i4x4"},
     "medium subme=4": {"x264_params": "subme=4"},
     "medium subme=2": {"x264_params": "subme=2"},
     "medium ref=1": {"x264_params": "ref=1"},
     "medium trellis=0": {"x264_params": "trellis=0"},
     "medium bframes=0": {"x264_params": "bframes=0"},
-    "medium no-psy": {"x264_params": "no-psy=1"},
     "medium aq-mode=0": {"x264_params": "aq-mode=0"},
-    "medium lookahead=10": {"x264_params": "rc-lookahead=10"},
     "medium no-mbtree": {"x264_params": "no-mbtree=1"},
-    "medium tune=ssim": {"tune": "ssim"},
     "medium gop=50": {"x264_params": "keyint=50"},
-    "faster subme=2": {"preset": "faster", "x264_params": "subme=2"},
-    "faster trellis=0": {"preset": "faster", "x264_params": "trellis=0"},
-    "veryfast trellis=1": {"preset": "veryfast", "x264_params": "trellis=1"},
+    "medium no-psy": {"x264_params": "no-psy=1"},
+    "medium tune=ssim": {"tune": "ssim"},
+    "faster tune=ssim": {"preset": "faster", "tune": "ssim"},
     "veryfast tune=ssim": {"preset": "veryfast", "tune": "ssim"},
-    "superfast mbtree": {"preset": "superfast", "x264_params": "mbtree=1:rc-lookahead=10"},
+    "veryfast tune=ssim bframes=0": {"preset": "veryfast", "tune": "ssim", "x264_params": "bframes=0"},
+    "superfast mbtree tune=ssim": {"preset": "superfast", "tune": "ssim", "x264_params": "mbtree=1:rc-lookahead=10"},
 }
 
 
@@ -72,20 +72,22 @@ def run(clips: list[Path], *, pairs: int, sweep: bool) -> dict:
 
 
 def compare(clips: list[Path], ffmpeg: str, pairs: int) -> dict:
-    """Our re-encoder (in a process that has imported it) and ffmpeg, one after the other on each clip."""
-    ratios, ours, theirs = [], [], []
+    """Our re-encoder, at ffmpeg's preset and at its own, and ffmpeg, one after the other on each clip."""
+    rows = []
     for path in clips:
         for _ in range(pairs):
+            same = cpu_of(lambda path=path: reencode(path, EncodeConfig(preset="medium")))
             own = cpu_of(lambda path=path: reencode(path))
-            other = cpu_of(lambda path=path: subprocess.run(published_command(ffmpeg, path), check=True))
-            ours.append(own)
-            theirs.append(other)
-            ratios.append(own / other)
+            rows.append((same, own, cpu_of(lambda path=path: subprocess.run(published_command(ffmpeg, path), check=True))))
+        same, own, other = (median(column) for column in zip(*rows[-pairs:], strict=True))
         print(
-            f"{path.name:40} ours {median(ours[-pairs:]):6.2f} s  ffmpeg {median(theirs[-pairs:]):6.2f} s  ratio {median(ratios[-pairs:]):.3f}",
+            f"{path.name:36} medium {same:5.2f} s  default {own:5.2f} s  ffmpeg {other:5.2f} s  ratios {same / other:.3f}, {own / other:.3f}",
             flush=True,
         )
-    return {"cpu_seconds": round(mean(ours), 3), "ffmpeg_cpu_seconds": round(mean(theirs), 3), "ratio_median": round(median(ratios), 3)}
+    same, own, other = (round(mean(column), 3) for column in zip(*rows, strict=True))
+    ratios = {"ratio_same_preset": median(row[0] / row[2] for row in rows), "ratio_default": median(row[1] / row[2] for row in rows)}
+    seconds = {"cpu_seconds_same_preset": same, "cpu_seconds_default": own, "cpu_seconds_ffmpeg": other}
+    return seconds | {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
 def published_command(ffmpeg: str, path: Path) -> list[str]:
@@ -136,8 +138,7 @@ def sweep_settings(clips: list[Path]) -> list[dict]:
         row = {"settings": name, "crf10": relative(plain, base), "crf": crf, "matched": relative(matched, base)}
         rows.append(row)
         print(
-            f"{name:22} crf 10: cpu {row['crf10']['cpu']:.2f} size {row['crf10']['size']:.3f} ssim {row['crf10']['ssim']:+.5f}"
-            f"   crf {crf:5.2f}: cpu {row['matched']['cpu']:.2f} size {row['matched']['size']:.3f} ssim {row['matched']['ssim']:+.5f}",
+            f"{name:30} crf 10: {described(row['crf10'])}   crf {crf:5.2f}: {described(row['matched'])}",
             flush=True,
         )
     return rows
@@ -152,7 +153,7 @@ def match_ssim(clips: list[Path], scaled: dict[Path, list[VideoFrame]], config: 
 
 def measure(clips: list[Path], scaled: dict[Path, list[VideoFrame]], config: EncodeConfig, *, runs: int = 2) -> dict[str, float]:
     """CPU seconds (the least of the runs), bytes and SSIM, over all clips."""
-    cpu, size, quality = 0.0, 0, []
+    cpu, size, quality, noise = 0.0, 0, [], []
     for path in clips:
         encoded: list[bytes] = []
 
@@ -161,12 +162,22 @@ def measure(clips: list[Path], scaled: dict[Path, list[VideoFrame]], config: Enc
 
         cpu += min(cpu_of(encode) for _ in range(runs))
         size += len(encoded[0])
-        quality.append(ssim(scaled[path], encoded[0]))
-    return {"cpu": cpu, "size": size, "ssim": mean(quality)}
+        quality.append(likeness("ssim", "lavfi.ssim.All", scaled[path], encoded[0]))
+        noise.append(likeness("psnr", "lavfi.psnr.mse_avg", scaled[path], encoded[0]))
+    return {"cpu": cpu, "size": size, "ssim": mean(quality), "psnr_db": mean(10 * math.log10(255**2 / mse) for mse in noise)}
+
+
+def described(row: dict[str, float]) -> str:
+    return f"cpu {row['cpu']:.2f} size {row['size']:.3f} ssim {row['ssim']:+.5f} psnr {row['psnr_db']:+.2f}"
 
 
 def relative(row: dict[str, float], base: dict[str, float]) -> dict[str, float]:
-    return {"cpu": round(row["cpu"] / base["cpu"], 3), "size": round(row["size"] / base["size"], 4), "ssim": round(row["ssim"] - base["ssim"], 6)}
+    return {
+        "cpu": round(row["cpu"] / base["cpu"], 3),
+        "size": round(row["size"] / base["size"], 4),
+        "ssim": round(row["ssim"] - base["ssim"], 6),
+        "psnr_db": round(row["psnr_db"] - base["psnr_db"], 3),
+    }
 
 
 def scaled_source(path: Path) -> list[VideoFrame]:
@@ -175,12 +186,12 @@ def scaled_source(path: Path) -> list[VideoFrame]:
         return list(clip.pictures(EncodeConfig().short_side))
 
 
-def ssim(reference: list[VideoFrame], mp4: bytes) -> float:
-    """Mean SSIM over planes and frames of an encoding against what was encoded, by ffmpeg's filter."""
+def likeness(name: str, key: str, reference: list[VideoFrame], mp4: bytes) -> float:
+    """Mean over frames of what one of ffmpeg's comparing filters says about an encoding and what was encoded."""
     graph, first = Graph(), reference[0]
     arguments = {"video_size": f"{first.width}x{first.height}", "pix_fmt": "yuv420p", "time_base": "1/25", "pixel_aspect": "1/1"}
     main, other = graph.add("buffer", **arguments), graph.add("buffer", **arguments)
-    compare_filter, sink = graph.add("ssim"), graph.add("buffersink")
+    compare_filter, sink = graph.add(name), graph.add("buffersink")
     main.link_to(compare_filter, 0, 0)
     other.link_to(compare_filter, 0, 1)
     compare_filter.link_to(sink)
@@ -192,7 +203,7 @@ def ssim(reference: list[VideoFrame], mp4: bytes) -> float:
             frame.time_base = expected.time_base = Fraction(1, 25)
             main.push(frame)
             other.push(expected)
-            values.append(float(sink.pull().metadata["lavfi.ssim.All"]))
+            values.append(float(sink.pull().metadata[key]))
     return mean(values)
 
 
