@@ -84,7 +84,7 @@ class FusedActor:
 
     def chunk(self, clips: Sequence[Clip], ticker: Actor) -> tuple[list[Entry], list[Entry]]:
         """Media entries and feature entries of a few clips, in order."""
-        media: dict[str, Entry] = {}
+        media: dict[Clip, Entry] = {}  # not by source, which a list may name twice
         features = []
 
         def decode(clip: Clip) -> Decoded:
@@ -92,7 +92,7 @@ class FusedActor:
             encoded = reencode.Encoded(None, clip.reason, clip.message)
             if not clip.reason:
                 encoded = reencode.encode_clip(clip, self._config.encode, keep_frames=True)
-            media[clip.source] = reencode.media_entry(clip, encoded)
+            media[clip] = reencode.media_entry(clip, encoded)
             if encoded.clip is None:
                 assert encoded.reason is not None
                 raise MediaError(encoded.reason, encoded.message or "")
@@ -104,7 +104,7 @@ class FusedActor:
         for clip, found in self._featuriser.run(clips, decode):
             ticker.tick.remote(1, int(isinstance(found, MediaError)))
             features.append(featurise.feature_entry(clip, found, self._featuriser))
-        return [media[clip.source] for clip in clips], features
+        return [media[clip] for clip in clips], features
 
 
 def resampled(audio: np.ndarray, from_hz: int, to_hz: int, channels: int) -> np.ndarray:
