@@ -40,6 +40,8 @@ class SynthConfig:
     """How many of these belong to the validation split."""
     test: int = 8
     """How many belong to the test split; the rest are for training."""
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """Kinds of scenes that clips take in turn: bounce, mallet, bumper, swings."""
     seconds: float = 4.0
     """Length of each clip."""
     width: int = 320
@@ -61,6 +63,8 @@ class SynthConfig:
             raise ValueError(
                 f"clips={self.clips} leaves no clip for training beside validation={self.validation} and test={self.test}; ask for more clips"
             )
+        if not self.kinds or set(self.kinds) - set(KINDS):
+            raise ValueError(f"kinds is {self.kinds}; expected one or more of {', '.join(KINDS)}")
         if self.width % 2 or self.height % 2 or min(self.width, self.height) < 32:
             raise ValueError(f"a picture of {self.width}x{self.height}; expected even sides of 32 pixels or more")
         if not self.seconds >= 2:
@@ -117,7 +121,7 @@ def plan(config: SynthConfig) -> list[SynthClip]:
     """The set's clips: kinds and frame rates in turn, the last ones held out."""
     clips = []
     for number in range(config.clips):
-        kind = list(KINDS)[number % len(KINDS)]
+        kind = config.kinds[number % len(config.kinds)]
         held_out = config.clips - number
         split = "test" if held_out <= config.test else "validation" if held_out <= config.test + config.validation else "train"
         start = int(_rng(config, number, 0).integers(0, 300))
