@@ -1,9 +1,9 @@
 """Fits small stand-ins for networks whose published weights cannot be had: a visual tower and a codec, from a handful of clips, in minutes.
 
 They serve to run the whole path and to make timing learnable; nobody should mistake them for the real ones. This module knows tensors only:
-who calls it decodes clips and saves the result (`save_tower`, `save_codec`).
+who calls it decodes clips and saves the result (`save_motion_tower`, `save_codec`).
 
-    tower = fit_tower(batches, TowerFit(steps=200))     # batches of (frames uint8 [b, 16, h, w, 3], sound float [b, samples] of the same 0.64 s)
+    tower = fit_tower(batches, TowerFit(steps=500))     # batches of (frames uint8 [b, 16, h, w, 3], sound float [b, samples] of the same 0.64 s)
     codec = fit_codec(waves)                            # waves float [channels, samples] at 24 kHz, mono
 """
 
@@ -17,7 +17,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from model.codecs import LappedCodec, LappedConfig, nearest
-from model.synchformer_visual import VisualTower, VisualTowerConfig, normalise
+from model.motion_tower import MotionTower, MotionTowerConfig
+from model.synchformer_visual import normalise
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps in all, loss)."""
@@ -31,54 +32,63 @@ def silent(_done: int, _steps: int, _loss: float) -> None:
 
 SOUND_BANDS = 8
 """Bands of the sound that the tower learns to foretell."""
-SMALL_TOWER = VisualTowerConfig(patch_size=32, width=96, depth=2, heads=4, drop_path=0.0)
-"""Sees the published tower's frames; about 10 ms per segment on one CPU core."""
+ONSET_RISE = 0.6
+"""Rise of the sound's energy, in log10 from one quarter of a token to the next, that counts as an onset: by a factor of four."""
 
 
 @dataclass(frozen=True)
 class TowerFit:
     """How the stand-in tower is fitted."""
 
-    tower: VisualTowerConfig = field(default_factory=lambda: SMALL_TOWER)
+    tower: MotionTowerConfig = field(default_factory=MotionTowerConfig)
     """The tower's shape."""
-    steps: int = 200
+    steps: int = 1000
     """Batches to train on."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak of AdamW's learning rate: linear warm-up over a tenth of the steps, then a cosine to zero."""
     weight_decay: float = 0.05
     """AdamW's weight decay."""
+    loudness: float = 0.3
+    """Weight of the error in the bands' loudness, beside that in the onsets."""
     seed: int = 0
     """Of the initial weights."""
 
 
 def fit_tower(
     batches: Iterable[tuple[UInt8[Tensor, "b t h w 3"], Float[Tensor, "b samples"]]], config: TowerFit = TowerFit(), *, progress: Progress = silent
-) -> VisualTower:
+) -> MotionTower:
     """A tower trained to foretell, from each segment's tokens, the sound over each token's time: an audio-visual task whose solution needs the
     moment and kind of what happens (as in Owens et al. 2016), through a linear head that is thrown away.
 
-    A batch is frames [b, 16, h, w, 3] and the mono sound of the same segments [b, samples], samples a multiple of the tokens. Training ends
-    after `config.steps` batches or when there are no more. `progress` gets the error as a share of the targets' variance: 1 is what
-    foretelling the mean would give.
+    A batch is frames [b, 16, h, w, 3] of the tower's `image_size / reduce` (so that the averaging of pixels is done once, by the caller) and the
+    mono sound of the same segments [b, samples], samples a multiple of the tokens. Training ends after `config.steps` batches or when there
+    are no more. `progress` gets the loss.
     """
     torch.manual_seed(config.seed)
-    tower = VisualTower(config.tower)
-    head = nn.Linear(config.tower.width, SOUND_BANDS + 1)
+    reduced = replace(config.tower, image_size=config.tower.image_size // config.tower.reduce, reduce=1)
+    tower, head = MotionTower(reduced), nn.Linear(config.tower.width, SOUND_BANDS + 1)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1, pct_start=0.1)
-    seen: list[Tensor] = []
+    statistics = nn.BatchNorm1d(SOUND_BANDS, affine=False, momentum=None)
     for step, (frames, wave) in zip(range(config.steps), batches, strict=False):
-        targets = sound_targets(wave, config.tower.tokens)
-        seen.append(targets.flatten(0, 1))
-        mean, deviation = torch.cat(seen).mean(0), torch.cat(seen).std(0) + 0.03
-        loss = F.mse_loss(head(tower(normalise(frames)[:, None])[:, 0]), (targets - mean) / deviation)
+        *loudness, rise = sound_targets(wave, config.tower.tokens).unbind(-1)
+        bands = torch.stack(loudness, -1)
+        statistics(bands.flatten(0, 1))
+        mean, variance = statistics.running_mean, statistics.running_var
+        assert mean is not None and variance is not None
+        scaled = (bands - mean) / (variance + 1e-3).sqrt()
+        foretold = head(tower(normalise(frames)[:, None])[:, 0])
+        onsets = F.binary_cross_entropy_with_logits(foretold[..., -1], (rise > ONSET_RISE).float())
+        loss = onsets + config.loudness * F.mse_loss(foretold[..., :-1], scaled)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         progress(step + 1, config.steps, loss.item())
-    return tower.requires_grad_(False).eval()
+    fitted = MotionTower(config.tower)
+    fitted.load_state_dict(tower.state_dict())
+    return fitted.requires_grad_(False).eval()
 
 
 def sound_targets(wave: Float[Tensor, "b samples"], tokens: int) -> Float[Tensor, "b tokens targets"]:

@@ -16,6 +16,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from model import motion_tower
+from model.motion_tower import MotionTower, MotionTowerConfig
 from model.weights import load_state, load_strictly, resolve, save_state
 
 EPS = 1e-6
@@ -241,19 +243,22 @@ def save_tower(path: str | Path, tower: VisualTower) -> None:
     save_state(path, tower.state_dict(), {"kind": "visual_tower", **asdict(tower.config)})
 
 
-def load_tower(name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisualTower:
-    """The tower in a weights file, for inference: ours (any size), or the published Segment AVCLIP, Synchformer and V-AURA checkpoints.
+def load_tower(name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisualTower | MotionTower:
+    """The tower in a weights file, for inference: ours (any size, the stand-in too), or the published Segment AVCLIP, Synchformer and V-AURA
+    checkpoints.
 
     `name_or_path` is a file or the name of published weights in the cache. Raises ValueError, with the names, if the file does not hold
     exactly a tower.
     """
     path = resolve(name_or_path)
     tensors, config = load_state(path)
-    if config is not None and config.pop("kind", None) != "visual_tower":
+    kind = "visual_tower" if config is None else config.pop("kind", None)
+    if kind not in ("visual_tower", motion_tower.KIND):
         raise ValueError(f"{path}: holds another kind of network; expected a visual tower")
     for prefix in PREFIXES:
         if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
             tensors = inside
-    tower = VisualTower(VisualTowerConfig(**config) if config else VisualTowerConfig())
+    settings = config or {}
+    tower = MotionTower(MotionTowerConfig(**settings)) if kind == motion_tower.KIND else VisualTower(VisualTowerConfig(**settings))
     load_strictly(tower, tensors, source=path)
     return tower.to(device, dtype).requires_grad_(False).eval()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.clock import SEGMENT_FRAMES, check_hop, segment_count
 from model.codecs import Codec, load_codec
+from model.motion_tower import MotionTower
 from model.synchformer_visual import VisualTower, load_tower, normalise
 from model.weights import resolve, sha256_file
 from pipeline.media import MediaError
@@ -123,7 +124,7 @@ class Featuriser:
         self.options = options
         self.device = pick_device(options.tower.device)
         torch.set_num_threads(options.tower.threads)
-        self.tower: VisualTower = load_tower(options.tower.weights, device=self.device)
+        self.tower: VisualTower | MotionTower = load_tower(options.tower.weights, device=self.device)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.tower) if options.tower.compile else self.tower
         self.codec: Codec | None = open_codec(options.codec).to(self.device) if with_codec else None
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES
 from configs.load import JobError, job_main, to_plain
 from model.codecs import LappedConfig, save_codec
+from model.motion_tower import save_motion_tower
 from model.standin import Progress, TowerFit, fit_codec, fit_tower
-from model.synchformer_visual import save_tower
 from pipeline.features import Decoded, ahead
 from pipeline.media import MediaError, decode
 from pipeline.views import view_crop
@@ -29,6 +29,9 @@ from shards.dataset import fingerprint
 from shards.read import Index
 
 SAMPLE_RATE_HZ = LappedConfig.sample_rate_hz
+MEGABYTE = 1_000_000
+MOST_SHIFT = 3
+"""Averaged pixels by which a segment is moved at most, in each direction."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class StandinConfig:
     """Split whose clips are used."""
     clips: int = 200
     """Clips to use at most, drawn by chance."""
-    memory_mb: int = 1200
-    """Memory for decoded pictures, in MB; clips beyond it lend their sound only. Four seconds at 224 x 224 take 15 MB."""
+    memory_mb: int = 500
+    """Memory for decoded pictures, in MB; clips beyond it lend their sound only. Ten seconds take 0.6 MB, averaged as the tower sees them."""
     batch_segments: int = 16
     """Segments in one of the tower's training batches."""
     tower: TowerFit = field(default_factory=TowerFit)
@@ -64,7 +67,7 @@ class StandinConfig:
 
 @dataclass(frozen=True)
 class Material:
-    """Decoded clips to fit on: pictures cut to the tower's size, and sound at the codec's rate. The last ones may have sound only."""
+    """Decoded clips to fit on: pictures as the tower sees them, and sound at the codec's rate. The last ones may have sound only."""
 
     frames: tuple[UInt8[np.ndarray, "_ size size 3"], ...]
     waves: tuple[Float32[np.ndarray, "1 _"], ...]
@@ -85,7 +88,7 @@ def run(config: StandinConfig) -> tuple[Path, Path]:
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     material = read_material(media, config)
     with tqdm(total=config.tower.steps, desc="tower", unit="step") as bar:  # learns to foretell sound from pictures
-        save_tower(files[0], fit_tower(batches(material, config), config.tower, progress=_on(bar, "error")))
+        save_motion_tower(files[0], fit_tower(batches(material, config), config.tower, progress=_on(bar, "error")))
     waves = [torch.from_numpy(wave) for wave in material.waves]
     with tqdm(desc="codec", unit="codebook") as bar:  # k-means over frames of sound
         card = LappedConfig(card=config.codec_card)
@@ -97,7 +100,7 @@ def run(config: StandinConfig) -> tuple[Path, Path]:
 
 def read_material(media: Index, config: StandinConfig) -> Material:
     """Decode clips in a random but repeatable order, until there are enough."""
-    size = config.tower.tower.image_size
+    size, reduce = config.tower.tower.image_size, config.tower.tower.reduce
     keys = media.keys.to_pylist()
     order = np.random.Generator(np.random.Philox(key=[config.seed, 0])).permutation(len(keys))[: config.clips]
 
@@ -105,9 +108,9 @@ def read_material(media: Index, config: StandinConfig) -> Material:
         clip = decode(media.bytes(media.row(key), "mp4"), sample_rate_hz=SAMPLE_RATE_HZ, channels=1)
         height, width = clip.frames.shape[1:3]
         cut = view_crop(key, 0, height, width, size).apply(clip.frames)
-        return Decoded(np.ascontiguousarray(cut), clip.audio)
+        return Decoded(average(cut, reduce), clip.audio)
 
-    frames, waves, left = [], [], config.memory_mb * 1e6
+    frames, waves, left = [], [], config.memory_mb * MEGABYTE
     with tqdm(total=len(order), desc="decode", unit="clip") as bar:
         for _, clip in ahead([keys[i] for i in order], load, threads=len(os.sched_getaffinity(0)), limit=4):
             bar.update()
@@ -122,8 +125,18 @@ def read_material(media: Index, config: StandinConfig) -> Material:
     return Material(tuple(frames), tuple(waves))
 
 
+def average(frames: UInt8[np.ndarray, "frames height width 3"], side: int) -> UInt8[np.ndarray, "frames low narrow 3"]:
+    """Means over squares of pixels."""
+    count, height, width, _ = frames.shape
+    squares = frames.reshape(count, height // side, side, width // side, side, 3)
+    return squares.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
+
+
 def batches(material: Material, config: StandinConfig) -> Iterator[tuple[UInt8[Tensor, "b t h w 3"], Float32[Tensor, "b samples"]]]:
-    """Segments with the sound of the same 0.64 s, from anywhere in any clip, half of them mirrored. Endless; batch n is always the same."""
+    """Segments with the sound of the same 0.64 s, from anywhere in any clip, shifted a little and half of them mirrored.
+
+    Endless; batch n is always the same.
+    """
     samples = SAMPLE_RATE_HZ // FRAME_RATE_HZ
     for number in range(sys.maxsize):
         rng = np.random.Generator(np.random.Philox(key=[config.seed, 1 + number]))
@@ -132,10 +145,18 @@ def batches(material: Material, config: StandinConfig) -> Iterator[tuple[UInt8[T
             which = int(rng.integers(len(material.frames)))
             clip, wave = material.frames[which], material.waves[which]
             start = int(rng.integers(len(clip) - SEGMENT_FRAMES + 1))
-            segment = clip[start : start + SEGMENT_FRAMES]
-            pictures.append(segment[:, :, ::-1] if rng.integers(2) else segment)
+            pictures.append(
+                shifted(clip[start : start + SEGMENT_FRAMES], *rng.integers(-MOST_SHIFT, MOST_SHIFT + 1, 2), mirror=bool(rng.integers(2)))
+            )
             sounds.append(wave[0, start * samples : (start + SEGMENT_FRAMES) * samples])
         yield torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(sounds))
+
+
+def shifted(frames: UInt8[np.ndarray, "frames size size 3"], down: int, right: int, *, mirror: bool) -> UInt8[np.ndarray, "frames size size 3"]:
+    """Frames moved by whole pixels, what comes in at the edges being the edges' own pixels; mirrored from left to right after that."""
+    places = np.arange(frames.shape[1])
+    rows, columns = (np.clip(places - by, 0, len(places) - 1) for by in (down, right))
+    return frames[:, rows[:, None], columns[::-1] if mirror else columns]
 
 
 def _on(bar: tqdm, name: str) -> Progress:

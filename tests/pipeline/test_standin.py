@@ -7,18 +7,19 @@ import torch
 
 from configs.load import JobError, load
 from model.codecs import LappedCodec, load_codec
+from model.motion_tower import MotionTowerConfig
 from model.standin import TowerFit
-from model.synchformer_visual import VisualTowerConfig, load_tower
+from model.synchformer_visual import load_tower
 from pipeline.contact_sound import soundtrack
 from pipeline.media import EncodeConfig, decode_audio, reencode
 from pipeline.scenes import draw_scene
-from pipeline.standin import Material, StandinConfig, batches, read_material, run
+from pipeline.standin import Material, StandinConfig, batches, read_material, run, shifted
 from pipeline.synth import SynthConfig, encode_mp4
 from shards.dataset import DatasetInfo, create_or_check, fingerprint
 from shards.read import Index
 from shards.write import Entry, write_manifest, write_shard
 
-TINY = VisualTowerConfig(image_size=48, patch_size=16, width=8, depth=1, heads=2, drop_path=0.0)
+TINY = MotionTowerConfig(image_size=48, reduce=4, channels=2, width=8)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,12 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_material_is_the_training_split_within_memory(media: Path, tmp_path: Path) -> None:
+def test_material_is_the_training_split_within_memory(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index.open(media, "train", kind="media")
     whole = read_material(index, config_of(media, tmp_path))
     assert len(whole.frames) == len(whole.waves) == 3
-    assert all(f.shape == (60, 48, 48, 3) and w.shape == (1, 57600) for f, w in zip(whole.frames, whole.waves, strict=True))
+    assert all(f.shape == (60, 12, 12, 3) and w.shape == (1, 57600) for f, w in zip(whole.frames, whole.waves, strict=True))
+    monkeypatch.setattr("pipeline.standin.MEGABYTE", 60 * 12 * 12 * 3 * 2 + 1)
     little = read_material(index, config_of(media, tmp_path, memory_mb=1))
     assert len(little.frames) == 2 and len(little.waves) == 3
     assert len(read_material(index, config_of(media, tmp_path, clips=2)).waves) == 2
@@ -82,25 +84,38 @@ def test_material_is_the_training_split_within_memory(media: Path, tmp_path: Pat
 def test_pictures_and_sound_of_a_batch_are_of_the_same_time(tmp_path: Path) -> None:
     """Frames and samples that carry their own instant: clip and frame number in the pixels, clip and sample number in the wave."""
     lengths = (17, 40, 100)
-    frames = tuple(np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, 4, 4, 3)) + np.uint8(100 * (n == 100)) for n in lengths)
-    frames = tuple(np.where(np.arange(4)[:, None] == 0, np.uint8(i), f) for i, f in enumerate(frames))  # the left column: which clip
+    left_half = np.arange(12) < 6
+    frames = tuple(
+        np.stack(
+            np.broadcast_arrays(np.uint8(i), np.arange(n, dtype=np.uint8)[:, None, None], left_half[None, None] & np.ones((12, 1), bool)), axis=-1
+        )
+        for i, n in enumerate(lengths)
+    )  # red: which clip, green: which frame, blue: which side
     waves = tuple((i * 1000 + np.arange(n * 960, dtype=np.float32) / 960)[None] for i, n in enumerate(lengths))
     config = config_of(tmp_path, tmp_path)
     made = batches(Material(frames, waves), config)
     mirrored, starts = 0, set()
     for _ in range(40):
         pictures, sounds = next(made)
-        assert pictures.shape == (3, 16, 4, 4, 3) and sounds.shape == (3, 15360)
+        assert pictures.shape == (3, 16, 12, 12, 3) and sounds.shape == (3, 15360)
         for picture, sound in zip(pictures, sounds, strict=True):
-            flipped = bool((picture[:, 0, 0, 0] != picture[0, 0, 0, 0]).any())
-            mirrored += flipped
-            clip = int(picture[0, 0, 3 if flipped else 0, 0])
-            first = int(picture[0, 0, 1, 0]) - (100 if clip == 2 else 0)
+            mirrored += int(picture[0, 0, 0, 2] == 0)
+            clip, first = int(picture[0, 0, 0, 0]), int(picture[0, 0, 0, 1])
+            assert torch.equal(picture[:, 0, 0, 1], torch.arange(first, first + 16))
             assert sound[0] == 1000 * clip + first and sound[-1] == pytest.approx(1000 * clip + first + 16 - 1 / 960, abs=1e-3)
             starts.add((clip, first))
     assert 30 < mirrored < 90 and len(starts) > 40 and {clip for clip, _ in starts} == {0, 1, 2}
     again = batches(Material(frames, waves), config)
     assert torch.equal(next(again)[0], next(batches(Material(frames, waves), config))[0])
+
+
+def test_shifts_move_pixels_and_repeat_edges() -> None:
+    picture = np.zeros((1, 5, 5, 3), np.uint8)
+    picture[0, 1, 2], picture[0, :, 4] = 9, 7
+    moved = shifted(picture, 2, -1, mirror=False)
+    assert (moved[0, 3, 1] == 9).all() and (moved[0, :, 3:] == 7).all() and moved[0, :, :3].sum() == 27
+    assert np.array_equal(shifted(picture, 2, -1, mirror=True), moved[:, :, ::-1])
+    assert np.array_equal(shifted(picture, 0, 0, mirror=False), picture)
 
 
 def test_nothing_to_fit_on_is_said(media: Path, tmp_path: Path) -> None:
@@ -111,4 +126,4 @@ def test_nothing_to_fit_on_is_said(media: Path, tmp_path: Path) -> None:
         run(config_of(tmp_path / "broken", tmp_path / "out"))
     with pytest.raises(ValueError, match="at least 1"):
         load(StandinConfig, [f"data={media}", "out=x", "batch_segments=0"])
-    assert load(StandinConfig, [f"data={media}", "out=x", "tower.steps=7", "tower.tower.depth=3"]).tower.tower.depth == 3
+    assert load(StandinConfig, [f"data={media}", "out=x", "tower.steps=7", "tower.tower.width=24"]).tower.tower.width == 24
