@@ -79,7 +79,8 @@ class MotionTower(nn.Module):
                 f"segments have the shape {tuple(x.shape[2:])}; the tower expects (3, {config.frames}, {config.image_size}, {config.image_size})"
             )
         pictures = rearrange(x, "b segments c t h w -> (b segments t) c h w")
-        pictures = F.avg_pool2d(pictures.to(next(self.parameters()).dtype), config.reduce)
+        pictures = pictures.to(next(self.parameters()).dtype)
+        pictures = F.avg_pool2d(pictures, config.reduce) if config.reduce > 1 else pictures
         within = self.within(rearrange(self._seen(pictures), "n c t h w -> (n t) c h w"))
         pooled = torch.cat([within.mean((2, 3)), within.amax((2, 3))], dim=1)
         features = self.over_time(rearrange(pooled, "(n t) c -> n c t", t=config.frames))

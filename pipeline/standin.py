@@ -55,14 +55,14 @@ class StandinConfig:
     """Entries of each of the codec's codebooks; fewer if there is too little sound to fit as many."""
     codec_iterations: int = 25
     """Passes of k-means over each codebook."""
-    threads: int = 0
-    """torch threads; 0 takes one per processor. The last bits of the weights depend on it."""
+    threads: int = 1
+    """torch threads. The networks are too small for many, and the last bits of the weights depend on their number."""
     seed: int = 0
     """Draws clips, segments and the codec's first entries; the tower's weights have tower.seed."""
 
     def __post_init__(self) -> None:
-        if min(self.clips, self.memory_mb, self.batch_segments, self.tower.steps, self.codec_iterations) < 1:
-            raise ValueError("clips, memory_mb, batch_segments, tower.steps and codec_iterations must be at least 1")
+        if min(self.clips, self.memory_mb, self.batch_segments, self.tower.steps, self.codec_iterations, self.threads) < 1:
+            raise ValueError("clips, memory_mb, batch_segments, tower.steps, codec_iterations and threads must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def run(config: StandinConfig) -> tuple[Path, Path]:
         print(f"standin: {files[0]} and {files[1]} are there")
         return files
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads)
     material = read_material(media, config)
     with tqdm(total=config.tower.steps, desc="tower", unit="step") as bar:  # learns to foretell sound from pictures
-        save_motion_tower(files[0], fit_tower(batches(material, config), config.tower, progress=_on(bar, "error")))
+        save_motion_tower(files[0], fit_tower(batches(material, config), config.tower, progress=_on(bar, "loss")))
     waves = [torch.from_numpy(wave) for wave in material.waves]
     with tqdm(desc="codec", unit="codebook") as bar:  # k-means over frames of sound
         card = LappedConfig(card=config.codec_card)
@@ -145,9 +145,8 @@ def batches(material: Material, config: StandinConfig) -> Iterator[tuple[UInt8[T
             which = int(rng.integers(len(material.frames)))
             clip, wave = material.frames[which], material.waves[which]
             start = int(rng.integers(len(clip) - SEGMENT_FRAMES + 1))
-            pictures.append(
-                shifted(clip[start : start + SEGMENT_FRAMES], *rng.integers(-MOST_SHIFT, MOST_SHIFT + 1, 2), mirror=bool(rng.integers(2)))
-            )
+            down, right = rng.integers(-MOST_SHIFT, MOST_SHIFT + 1, 2).tolist()
+            pictures.append(shifted(clip[start : start + SEGMENT_FRAMES], down, right, mirror=bool(rng.integers(2))))
             sounds.append(wave[0, start * samples : (start + SEGMENT_FRAMES) * samples])
         yield torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(sounds))
 
