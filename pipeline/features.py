@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -215,6 +216,16 @@ def networks_spec(options: FeatureOptions) -> dict:
         },
         "codec": open_codec(options.codec).spec(),
     }
+
+
+def find_weights(options: FeatureOptions) -> tuple[Path, Path]:
+    """The weights files of tower and codec, found before hours of work depend on them. Raises FileNotFoundError that says how to get them."""
+    try:
+        return resolve(options.tower.weights), resolve(options.codec.weights or options.codec.name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; or fit small stand-ins on a media dataset with `soundshard standin` and give tower.weights= and codec.weights="
+        ) from error
 
 
 def open_codec(options: CodecOptions) -> Codec:

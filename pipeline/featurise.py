@@ -4,16 +4,14 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import encodec
 import ray
 import torch
 
 from configs.load import job_main
-from model.weights import resolve
 from pipeline.discover import Clip
-from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, TowerOptions, networks_spec
+from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, TowerOptions, find_weights, networks_spec
 from pipeline.media import MediaError, decode
 from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
 from pipeline.reencode import JobOptions, media_libraries
@@ -47,6 +45,7 @@ class FeaturiseConfig(FeaturiseOptions, JobOptions):
 
 def run(config: FeaturiseConfig) -> Summary:
     """Run the visual tower and the codec over media shards: features and tokens, one ledger row per row of the media dataset."""
+    find_weights(config)
     media = Index.open(config.data, kind="media")
     plans = plans_of(media)  # feature shard N holds the clips of media shard N
     with cluster(config.ray):
@@ -72,9 +71,10 @@ def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPla
     """dataset.json of the feature dataset: networks, their weights and arithmetic, and what the features were made from decide the bytes."""
     libraries = {**media_libraries(), "torch": torch.__version__, "encodec": encodec.__version__}
     spec = {**networks_spec(options), **source, "libraries": libraries}
+    tower, codec = find_weights(options)
     weights = {
-        "tower": {"path": str(Path(resolve(options.tower.weights)).resolve()), "sha256": spec["tower"]["weights_sha256"]},
-        "codec": {"path": str(Path(resolve(options.codec.weights or options.codec.name)).resolve()), "sha256": spec["codec"]["weights_sha256"]},
+        "tower": {"path": str(tower.resolve()), "sha256": spec["tower"]["weights_sha256"]},
+        "codec": {"path": str(codec.resolve()), "sha256": spec["codec"]["weights_sha256"]},
     }
     inputs = {"clips": sum(len(plan.clips) for plan in plans), "sha256": inputs_sha256(plans)}
     return new_info("features", spec, {"weights": weights, "inputs": inputs})

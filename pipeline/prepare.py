@@ -15,7 +15,7 @@ from configs.load import job_main
 from pipeline import featurise, reencode
 from pipeline.decode import channel_layout
 from pipeline.discover import Clip, DiscoverConfig, discover
-from pipeline.features import Decoded, Featuriser
+from pipeline.features import Decoded, Featuriser, find_weights
 from pipeline.media import MediaError
 from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, plan_shards, run_shards
 from shards.dataset import create_or_check
@@ -37,6 +37,7 @@ class PrepareConfig(featurise.FeaturiseOptions, reencode.MediaOptions, reencode.
 
 def run(config: PrepareConfig) -> Summary:
     """Prepare clips for training: re-encode into OUT/media, featurise into OUT/features."""
+    find_weights(config)
     media, features = str(Path(config.out) / "media"), str(Path(config.out) / "features")
     if config.fused:
         return _run_fused(config, media, features)

@@ -212,3 +212,12 @@ def test_fused_stages_give_the_same_media_and_nearly_the_same_features(
         b = fused.member(fused.row(key), "avclip.npy").astype(np.float32)
         assert a.shape == b.shape
         assert 0 < np.abs(a - b).mean() < 0.1 * a.std()
+
+
+def test_missing_weights_are_noticed_before_anything_is_made(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOUNDSHARD_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["prepare", f"source={inputs}", f"out={tmp_path}/out"]) == 2
+    message = capsys.readouterr().err
+    assert "soundshard weights get=avclip" in message and "soundshard standin" in message and not (tmp_path / "out").exists()
