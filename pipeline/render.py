@@ -60,36 +60,48 @@ class Renderer:
         self._still = _draw_still(stage, self._view, self._light)
         self._floor_colour = np.array(stage.floor_colour, np.float32)
         self._wall_colour = np.array(stage.wall_colour, np.float32)
+        # Between frames these hold what stands still, but for the areas that the last frame touched.
+        self._picture, self._finished = self._still.unshaded.copy(), self._still.finished.copy()
+        self._touched: list[Area] = []
+        self._direct, self._ambient = (np.ones((height, width), np.float32) for _ in range(2))
 
     def frame(self, seconds: float) -> UInt8[Array, "height width 3"]:
         """The picture at an instant, RGB."""
         bodies = self._scene.bodies_at(seconds)
         bodies.sort(key=lambda b: -b.start[2])  # the farthest first
         solid = [b for b in bodies if b.material != "cord"]  # a cord's shadow would be too faint to see
-        picture = self._still.unshaded.copy()
+        picture = self._picture
+        for rows, columns in self._touched:
+            picture[:, rows, columns] = self._still.unshaded[:, rows, columns]
+            self._finished[rows, columns] = self._still.finished[rows, columns]
         touched = self._shade(picture, solid)
         touched += [self._reflect_in_floor(picture, body) for body in solid]
         touched += [self._draw(picture, body, others=solid) for body in bodies]
-        finished = self._still.finished.copy()
-        for rows, columns in (area for area in touched if area is not None):
-            finished[rows, columns] = _develop(picture[:, rows, columns])
-        return finished
+        self._touched = _outermost([area for area in touched if area is not None])
+        for rows, columns in self._touched:
+            self._finished[rows, columns] = _develop(picture[:, rows, columns])
+        return self._finished.copy()
 
     def _shade(self, picture: Planes, bodies: list[Body]) -> list[Area | None]:
-        """Takes from the still picture the light that bodies keep away; where two bodies' shadows meet, both take theirs."""
+        """Takes from the still picture the light that bodies keep away; where two bodies' shadows meet, both take theirs.
+
+        Shadows are soft, so they are worked out for every other pixel of every other row.
+        """
         still = self._still
         areas = [self._view.rectangle(_shadow_corners(b, self._light)) for b in bodies]
-        direct, ambient = (np.ones((self._view.height, self._view.width), np.float32) for _ in range(2))
+        direct, ambient = self._direct, self._ambient
         for body, area in zip(bodies, areas, strict=True):
             if area is not None:
                 rows, columns = area
-                point, normal = still.point[:, rows, columns], still.normal[:, rows, columns]
-                direct[rows, columns] *= _light_past(point, self._light, body)
-                ambient[rows, columns] *= 1 - _blocked_sky(point, normal, body)
+                point, normal = still.point[:, rows, columns][:, ::2, ::2], still.normal[:, rows, columns][:, ::2, ::2]
+                direct[rows, columns] *= _finer(_light_past(point, self._light, body), direct[rows, columns].shape)
+                ambient[rows, columns] *= _finer(1 - _blocked_sky(point, normal, body), direct[rows, columns].shape)
         for rows, columns in (area for area in areas if area is not None):
             picture[:, rows, columns] = (
                 still.ambient[:, rows, columns] * ambient[rows, columns] + still.direct[:, rows, columns] * direct[rows, columns]
             )
+        for rows, columns in (area for area in areas if area is not None):
+            direct[rows, columns] = ambient[rows, columns] = 1
         return areas
 
     def _reflect_in_floor(self, picture: Planes, body: Body) -> Area | None:
@@ -115,23 +127,25 @@ class Renderer:
             return None
         rays = self._view.rays[:, area[0], area[1]]
         along, offset, distance, axis = _approach(self._view.camera, rays, body)
-        inside = body.radius_m - distance
-        cover = np.clip(inside / (along * self._view.pixel) + 0.5, 0, 1)
+        cover = np.clip((body.radius_m - distance) / (along * self._view.pixel) + 0.5, 0, 1)
+        cover *= along - body.radius_m < self._still.depth[area[0], area[1]] + 0.02
+        covered = cover > 0  # from here on the covered pixels alone, as a picture one pixel high
+        along, distance, cover = (v[covered][None] for v in (along, distance, cover))
+        rays, offset, axis = (v[:, covered][:, None] for v in (rays, offset, axis))
+        region = picture[:, area[0], area[1]]
+        behind, opposite = region[:, covered][:, None], region[:, ::-1, ::-1][:, covered][:, None]
         depth = np.sqrt(np.maximum(body.radius_m**2 - distance**2, 0))
         normal = (offset - axis * depth) / np.maximum(np.sqrt(distance**2 + depth**2), 1e-6)
-        hit = along - depth
-        cover *= hit < self._still.depth[area[0], area[1]] + 0.02
-        point = self._view.camera[:, None, None] + rays * hit
+        point = self._view.camera[:, None, None] + rays * (along - depth)
         visible = np.ones_like(cover)
         for other in others:
-            if other is not body:
+            if other is not body and body.material != "cord" and _may_shade(other, body, self._light):
                 visible *= _light_past(point, self._light, other)
-        behind = picture[:, area[0], area[1]]
-        colour = self._light_up(body, rays, normal, point, visible, behind)
-        picture[:, area[0], area[1]] = behind + cover * (colour - behind)
+        colour = self._light_up(body, rays, normal, point, visible, opposite)
+        region[:, covered] = (behind + cover * (colour - behind))[:, 0]
         return area
 
-    def _light_up(self, body: Body, rays: Planes, normal: Planes, point: Planes, visible: Float[Array, "height width"], behind: Planes) -> Planes:
+    def _light_up(self, body: Body, rays: Planes, normal: Planes, point: Planes, visible: Float[Array, "height width"], opposite: Planes) -> Planes:
         surface = SURFACES[body.material]
         base = _skin(body, normal)
         facing = np.clip(_dot(normal, self._light[:, None, None]), 0, 1) * visible
@@ -145,9 +159,9 @@ class Renderer:
         if surface.mirror > 0:
             colour = (1 - surface.mirror) * colour + surface.mirror * (base + (1 - base) * fresnel) * self._surroundings(reflected, point)
         elif surface.clear > 0:
-            through = behind[:, ::-1, ::-1]  # a ball of glass turns what is behind it upside down
-            caustic = np.clip(-_dot(normal, self._light[:, None, None]) - 0.55, 0, 1) * 0.9  # and gathers the light on its far side
-            colour = (1 - surface.clear) * colour + surface.clear * base * (0.35 + 0.65 * np.clip(towards, 0, 1)) * (through + caustic)
+            caustic = np.clip(-_dot(normal, self._light[:, None, None]) - 0.55, 0, 1) * 0.9  # a ball of glass gathers the light on its far side,
+            through = opposite + caustic  # and turns what is behind it upside down
+            colour = (1 - surface.clear) * colour + surface.clear * base * (0.35 + 0.65 * np.clip(towards, 0, 1)) * through
             colour = colour + (0.06 + 0.94 * fresnel) * 0.8 * self._surroundings(reflected, point)
         else:
             colour = colour + 0.22 * fresnel * self._surroundings(reflected, point)
@@ -230,7 +244,9 @@ def _draw_still(stage: Stage, view: View, light: Vector) -> Still:
     point_1x, normal_1x, depth_1x, which_1x = _cast_still(stage, view.camera, view.rays)
     ambient, direct = _halve(ambient), _halve(direct)
     unshaded = ambient + direct
-    return Still(ambient, direct, unshaded, _develop(unshaded), point_1x, normal_1x, depth_1x, (which_1x == 0).astype(np.float32))
+    return Still(
+        ambient, direct, unshaded, np.ascontiguousarray(_develop(unshaded)), point_1x, normal_1x, depth_1x, (which_1x == 0).astype(np.float32)
+    )
 
 
 def _cast_still(stage: Stage, camera: Vector, rays: Planes) -> tuple[Planes, Planes, Float[Array, "height width"], Array]:
@@ -314,10 +330,11 @@ def _texture(stage: Stage, point: Planes, normal: Planes, which: Array) -> tuple
     """Colour and gloss of everything that stands still."""
     rng = np.random.Generator(np.random.Philox(stage.texture_seed))
     noise = rng.random((64, 64), np.float32)
-    floor, floor_gloss = _floor_texture(stage, point, noise)
-    wall = _wall_texture(stage, point, noise)
-    albedo = np.where(which == 0, floor, wall)
-    gloss = np.where(which == 0, floor_gloss, 0.0).astype(np.float32)
+    albedo, gloss = np.empty_like(point), np.zeros(which.shape, np.float32)
+    floor, wall = which == 0, which == 1
+    colour, shine = _floor_texture(stage, point[:, floor][:, None], noise)
+    albedo[:, floor], gloss[floor] = colour[:, 0], shine[0]
+    albedo[:, wall] = _wall_texture(stage, point[:, wall][:, None], noise)[:, 0]
     for i, box in enumerate(stage.boxes):
         mask = which == i + 2
         if not mask.any():
@@ -429,6 +446,16 @@ def _light_past(point: Planes, light: Vector, body: Body) -> Float[Array, "heigh
     return 1 - thickness * most * cover * (along > 0.3 * body.radius_m)
 
 
+def _may_shade(body: Body, other: Body, light: Vector) -> bool:
+    """Whether one body can keep light from the other; for rods always perhaps."""
+    if body.start != body.end or other.start != other.end:
+        return True
+    apart = np.subtract(body.start, other.start)
+    along = float(apart @ light)
+    reach = body.radius_m + other.radius_m
+    return along > -reach and float(np.linalg.norm(apart - along * light)) < reach + 1.2 * LIGHT_RADIUS * max(along + reach, 0.0)
+
+
 def _blocked_sky(point: Planes, normal: Planes, body: Body) -> Float[Array, "height width"]:
     """The share of a hemisphere that a ball at the body's nearest point takes up, weighted by the cosine."""
     start = np.array(body.start, np.float32)[:, None, None]
@@ -485,7 +512,26 @@ def _develop(picture: Planes) -> UInt8[Array, "height width 3"]:
     """Linear light to 8 bit: a soft shoulder for the brightest, then a gamma of two."""
     shoulder = picture * (1 + 0.12 * picture) / (1 + 0.32 * picture)
     levels = np.sqrt(np.clip(shoulder, 0, 1)) * np.float32(255) + np.float32(0.5)
-    return np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0))
+    return levels.astype(np.uint8).transpose(1, 2, 0)
+
+
+def _outermost(areas: list[Area]) -> list[Area]:
+    """The areas without those that lie inside another."""
+
+    def inside(a: Area, b: Area) -> bool:
+        return all(x.start >= y.start and x.stop <= y.stop for x, y in zip(a, b, strict=True))
+
+    return [a for i, a in enumerate(areas) if not any(inside(a, b) and (j < i or not inside(b, a)) for j, b in enumerate(areas) if j != i)]
+
+
+def _finer(coarse: Float[Array, "rows columns"], shape: tuple[int, ...]) -> Float[Array, "height width"]:
+    """Twice as many rows and columns, and no more than `shape`, with means in between."""
+    for axis in (0, 1):
+        after = np.concatenate([coarse[1:], coarse[-1:]])
+        both = np.empty((2 * len(coarse), coarse.shape[1]), np.float32)
+        both[::2], both[1::2] = coarse, (coarse + after) / 2
+        coarse = both[: shape[axis]].T
+    return coarse
 
 
 def _halve(planes: Planes) -> Float[Array, "3 half_height half_width"]:
