@@ -1,5 +1,10 @@
 import importlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import typing
 from pathlib import Path
 
@@ -10,6 +15,8 @@ from configs.cli import JOBS
 from configs.load import find_yaml, load
 from pipeline import demo
 from pipeline.demo import DemoConfig, plan_steps
+from pipeline.demo_results import hear
+from pipeline.onsets import total_score
 from pipeline.steps import Step
 
 SECTIONS = ["synth", "reencode", "standin", "featurise", "train", "generate"]
@@ -110,3 +117,29 @@ def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     again = capfd.readouterr().out
     assert again.count("(done)") == 6 and again.splitlines()[-1] == out.splitlines()[-1]
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    known = hear(tmp_path / "demo")
+    contacts = json.loads((tmp_path / "demo" / "clips" / "contacts.json").read_text())
+    assert [h.marks_seconds for h in known] == [tuple(c["seconds"] for c in contacts[h.key] if c["seconds"] < 2.6) for h in known]
+    (tmp_path / "demo" / "clips" / "contacts.json").unlink()  # as with one's own clips
+    own = hear(tmp_path / "demo")
+    assert [h.marks_seconds for h in own] == [h.original.onsets_seconds for h in own]
+    assert total_score([h.marks_seconds for h in own], [h.marks_seconds for h in known]).f1 > 0.8
+
+
+def test_interrupted_it_keeps_what_is_done_and_leaves_no_process(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "configs.cli", "demo", f"out={tmp_path}", "synth={clips: 400, width: 96, height: 72}"]
+    process = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("clips/*.mp4")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "soundshard demo: interrupted; what is finished is kept" in errors and "Traceback" not in errors
+    assert json.loads((tmp_path / "steps" / "synth.json").read_text())["done"] is False
+    assert not list(tmp_path.glob("clips/*.part"))
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
