@@ -9,6 +9,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "prepare": ("pipeline.prepare", "clips -> media shards -> feature shards (reencode, then featurise)"),
     "reencode": ("pipeline.reencode", "clips -> media shards: H.264 25 fps and AAC on one clock"),
     "featurise": ("pipeline.featurise", "media shards -> feature shards: Segment-AVCLIP features and codec tokens"),
+    "bench-prepare": ("pipeline.bench_prepare", "clips -> what preparing one costs on this machine, as a file of rates"),
+    "plan": ("pipeline.estimate", "rates and a cluster's description -> how long and how large a preparation will be"),
     "train": ("train.vaura", "feature shards -> a run folder with a V-AURA model"),
     "generate": ("pipeline.generate", "a run folder and videos -> the videos with generated sound"),
     "inspect": ("shards.inspect", "what a dataset holds: counts, failures by reason, sizes, provenance; one sample"),
