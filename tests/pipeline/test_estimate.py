@@ -60,9 +60,7 @@ def test_the_whole_arithmetic_on_gpus() -> None:
     assert result.suggestion.decode_threads == 3  # a GPU takes 0.1 s for a clip that takes 0.25 s to decode
     assert result.featurise.limits() == pytest.approx(
         {
-            "cpu": 60_800
-            * 0.33
-            / 32,  # only the machines with GPUs work, and they have fewer processors than 3 threads for each of 8 GPUs and their own work
+            "cpu": 60_800 * 0.25 / (8 * 3),  # 3 threads beside each of 8 GPUs
             "gpu": 60_800 * 0.1 / 8,
             "read": 60_800 * 2 / 500,
             "write": 60_800 * 0.4 / 250,
