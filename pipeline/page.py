@@ -107,20 +107,30 @@ def write_page(data: PageData, path: str | Path) -> Path:
 
 def page_html(data: PageData) -> str:
     """The page as one string."""
-    figures = "".join(f"<div><strong>{escape(f.value)}</strong><span>{escape(f.name)}</span></div>" for f in data.figures)
     pairs = "".join(_pair_html(pair, data.marks_name) for pair in data.pairs)
     notes = "".join(f"<li>{escape(note)}</li>" for note in data.notes)
     sections = [
-        f"<header><h1>{escape(data.title)}</h1><p class=lead>{escape(data.summary)}</p><div class=figures>{figures}</div></header>",
+        f"<header><h1>{escape(data.title)}</h1><p class=lead>{escape(data.summary)}</p>{figures_html(data.figures)}</header>",
         f"<section><h2>Held-out clips</h2>{_legend(data.marks_name)}{pairs}</section>" if pairs else "",
         f"<section><h2>Training</h2>{curves_svg(data.curves)}</section>" if data.curves else "",
         f"<section><h2>What ran</h2>{_stages_html(data.stages)}</section>" if data.stages else "",
         f"<section><h2>Notes</h2><ul>{notes}</ul></section>" if notes else "",
     ]
+    return document(data.title, sections, script=SCRIPT)
+
+
+def document(title: str, sections: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """A whole page around sections that are html already; `style` comes after the common one."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(data.title)}</title><style>{STYLE}</style></head><body><main>{''.join(sections)}</main><script>{SCRIPT}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body><main>{''.join(sections)}</main>"
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+
+
+def figures_html(figures: Sequence[Figure]) -> str:
+    """Figures side by side."""
+    return f"<div class=figures>{''.join(f'<div><strong>{escape(f.value)}</strong><span>{escape(f.name)}</span></div>' for f in figures)}</div>"
 
 
 def _pair_html(pair: Pair, marks_name: str) -> str:
@@ -217,7 +227,7 @@ def curves_svg(curves: Sequence[Curve]) -> str:
     width, height, left, bottom, top, right = 1000, 380, 56, 40, 12, 12
     values = [v for c in curves for v in c.values]
     last = max((s for c in curves for s in c.steps), default=1)
-    low, high = _round_range(min(values), max(values))
+    low, high = round_range(min(values), max(values))
 
     def x(step: float | int) -> float:
         return left + step / last * (width - left - right)
@@ -226,11 +236,11 @@ def curves_svg(curves: Sequence[Curve]) -> str:
         return height - bottom - (value - low) / (high - low) * (height - bottom - top)
 
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         parts.append(
             f'<path class="grid" d="M{left} {y(tick):.1f}H{width - right}"/><text x="{left - 8}" y="{y(tick) + 5:.1f}" class="end">{tick:g}</text>'
         )
-    for tick in _ticks(0.0, float(last)):
+    for tick in ticks(0.0, float(last)):
         parts.append(f'<text x="{x(tick):.1f}" y="{height - bottom + 24}" class="middle">{tick:g}</text>')
     parts.append(f'<text x="{width - right}" y="{height - 2}" class="end">optimiser steps</text>')
     for curve in sorted(curves, key=lambda c: not c.thin):
@@ -253,13 +263,14 @@ def curves_svg(curves: Sequence[Curve]) -> str:
     )
 
 
-def _round_range(low: float, high: float) -> tuple[float, float]:
+def round_range(low: float, high: float) -> tuple[float, float]:
     """The range widened to whole ticks."""
     step = _tick_step(low, high)
     return floor(low / step) * step, max(ceil(high / step), floor(low / step) + 1) * step
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers in the range, about five."""
     step = _tick_step(low, high)
     return [round(k * step, 10) for k in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 

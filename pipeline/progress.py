@@ -9,9 +9,9 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ray.util import metrics
 
@@ -48,8 +48,7 @@ class Tick:
         assert len(self.failures) <= self.clips or not self.clips, "more failures than clips"
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """What ended in one stretch of time."""
 
     start_seconds: float
@@ -94,7 +93,7 @@ class Tally:
         assert buckets >= 2
         self._started = time.monotonic() if started is None else started
         self._limit, self._width = buckets, 1.0
-        self._buckets: list[tuple[int, int, int]] = []  # clips, failed, bytes
+        self._buckets: list[Bucket] = []
         self._done = self._failed = self._bytes = 0
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, list[tuple[str, str]]] = {}
@@ -124,13 +123,13 @@ class Tally:
         return max(0.0, (time.monotonic() if now is None else now) - self._started)
 
     def _count(self, clips: int, failed: int, size: int, elapsed: float) -> None:
+        buckets = self._buckets
         while elapsed >= self._width * self._limit:  # twice as wide, half as many: nothing is lost but sharpness
             self._width *= 2
-            rest = [*self._buckets[1::2], (0, 0, 0)]
-            self._buckets = [_added(a, b) for a, b in zip(self._buckets[::2], rest, strict=False)]
+            buckets[:] = [_merged(buckets[place : place + 2]) for place in range(0, len(buckets), 2)]
         place = int(elapsed / self._width)
-        self._buckets += [(0, 0, 0)] * (place + 1 - len(self._buckets))
-        self._buckets[place] = _added(self._buckets[place], (clips, failed, size))
+        buckets += [Bucket(empty * self._width, 0, 0, 0) for empty in range(len(buckets), place + 1)]
+        buckets[place] = _merged([buckets[place], Bucket(elapsed, clips, failed, size)])
 
     def snapshot(self, now: float | None = None) -> Snapshot:
         """The sums so far, as a value that later ticks leave alone."""
@@ -144,12 +143,12 @@ class Tally:
             busy_seconds=dict(self._seconds),
             nodes=dict(self._nodes),
             bucket_seconds=self._width,
-            buckets=tuple(Bucket(place * self._width, *sums) for place, sums in enumerate(self._buckets)),
+            buckets=tuple(self._buckets),
         )
 
 
-def _added(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, int]:
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+def _merged(buckets: Sequence[Bucket]) -> Bucket:
+    return Bucket(buckets[0].start_seconds, sum(b.clips for b in buckets), sum(b.failed for b in buckets), sum(b.bytes for b in buckets))
 
 
 def _known(name: str, names: Mapping[str, object]) -> str:
