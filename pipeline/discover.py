@@ -1,25 +1,40 @@
-"""Which clips there are: a folder, a list of files or VGGSound's csv becomes one row per input, with its key, split and label.
+"""Which clips there are: a folder, a list of files or VGGSound's csv becomes one row per input, with its key, split, label, size and version.
 
-Rows are decided from names alone: no video is opened, so 200,000 clips take seconds. This module knows no media, no dataset and no Ray.
+Rows are decided from names and listings alone: no video is opened, so 200,000 clips take seconds, on a disk or in an object store. This module knows
+no media, no dataset and no Ray.
 """
 
 import csv
 import hashlib
+import io
 import os
+import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+
+from configs import storage
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 KEY_BYTES = 80
 """Longest key in UTF-8: with the longest member name after it, it fits the 100 bytes of a ustar header."""
 VGGSOUND_SECONDS = 10
 YOUTUBE_ID = r"([\w-]{11})"
+PLAIN_KEY = re.compile(rf"[\w-]{{1,{KEY_BYTES}}}", re.ASCII)
+MILLISECONDS_NAME = re.compile(YOUTUBE_ID + r"_(\d+)_\d+")
+SECONDS_NAME = re.compile(YOUTUBE_ID + r"_(\d{6})")
+LISTED_PER_WANTED = 100
+"""Objects that may be listed for one whose size is wanted: a page of 1000 costs about what asking for one object does."""
+ASKING_THREADS = 32
+
+File = tuple[str, int | None, str | None]
+"""Path, size in bytes and version of an input; without the last two where there is a name but no file behind it, such as a dangling link."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """One input: where it is and what it is called, or why it has already failed."""
 
@@ -29,6 +44,10 @@ class Clip:
     label: str | None = None
     reason: str | None = None
     message: str | None = None
+    size: int | None = None
+    """Bytes, as listed when the clip was found."""
+    version: str | None = None
+    """What changes when the input does: `mtime:<ns>` of a file, `etag:<etag>` of an object, `sha256:<hash>` of what a clip was taken from."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class DiscoverConfig:
 
     source: str = "???"
     """Clips: a folder (searched recursively for mp4, webm, mkv, mov and avi; names that begin with a dot are passed over), one video file, or a
-    text file that lists video files, one a line, relative to itself."""
+    text file that lists video files, one a line, relative to itself. All of them also in object storage: s3://BUCKET/PREFIX, gs:// or az://."""
     listing: str = ""
     """For a folder: which of its clips to take. VGGSound's csv (`youtube id,start second,label,split`) or a text file of clip ids, one a line; files
     are called `<youtube id>_<start ms>_<end ms>` or `<youtube id>_<start second in six digits>`. Empty takes the folder's own vggsound.csv if it
@@ -65,12 +84,19 @@ def discover(config: DiscoverConfig) -> list[Clip]:
     return sorted(clips, key=lambda clip: (clip.split, clip.key, clip.source, clip.reason is not None))
 
 
+def discovery(config: DiscoverConfig) -> DiscoverConfig:
+    """The options of this module alone, out of a job's wider configuration: a process that is handed these imports no job."""
+    return DiscoverConfig(**{field.name: getattr(config, field.name) for field in fields(DiscoverConfig)})
+
+
 def key_of(stem: str) -> str:
     """A clip's key from its file's stem.
 
     Letters of any script, digits, '_' and '-' stay; anything else becomes '_', above all dots, at which webdataset splits. A key longer than
     80 bytes is cut and gets a hash of the whole stem.
     """
+    if PLAIN_KEY.fullmatch(stem):
+        return stem
     key = re.sub(r"[^\w-]", "_", unicodedata.normalize("NFC", stem))
     if len(key.encode()) > KEY_BYTES:
         digest = hashlib.sha256(stem.encode(errors="surrogateescape")).hexdigest()[:12]
@@ -80,93 +106,190 @@ def key_of(stem: str) -> str:
 
 def _found(config: DiscoverConfig) -> Iterator[Clip]:
     """Every input, in any order, with duplicates."""
-    source = Path(config.source)
-    if source.is_dir():
-        listing = source / "vggsound.csv" if not config.listing else Path(config.listing)
-        if config.listing == "none" or (not config.listing and not listing.is_file()):
-            return (_clip(path, config.split) for path in _videos(source))
-        return _listed_ids(listing, source, config.split)
-    if not source.is_file():
+    # Workers may run in another directory or on another machine, so a local source is kept by its absolute path.
+    source = _normal(storage.join(config.source)) if storage.is_remote(config.source) else os.path.abspath(config.source)
+    if storage.is_folder(source):
+        own = storage.join(source, "vggsound.csv")
+        if config.listing == "none" or (not config.listing and not storage.is_file(own)):
+            return (_clip(file, config.split) for file in _videos(source))
+        return _listed_ids(config.listing or own, source, config.split)
+    if not storage.is_file(source):
         raise ValueError(f"source is {config.source!r}, which is no file and no folder; give a folder of videos, a video or a list of videos")
     if config.listing and config.listing != "none":
         raise ValueError(f"listing is {config.listing!r}, but source is the file {config.source!r}; expected a folder with the listed clips")
-    if source.suffix.lower() in VIDEO_SUFFIXES:
-        return iter([_clip(str(source), config.split)])
+    if source.lower().endswith(VIDEO_SUFFIXES):
+        return iter([_clip(_file(source), config.split)])
     return _listed_files(source, config.split)
 
 
-def _clip(path: str, split: str) -> Clip:
-    return Clip(key_of(Path(path).stem), path, split)
+def _clip(file: File, split: str) -> Clip:
+    return Clip(key_of(_stem(file[0])), file[0], split, size=file[1], version=file[2])
 
 
-def _videos(folder: Path) -> Iterator[str]:
-    """Video files under a folder. A folder that cannot be listed is an error: its clips must not go missing without a word."""
-
-    def fail(error: OSError) -> None:
-        raise ValueError(f"cannot list {error.filename}: {error.strerror}") from error
-
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(parent, name)
+def _stem(path: str) -> str:
+    name = path.rpartition("/")[2]
+    return name.rpartition(".")[0] or name
 
 
-def _listed_files(listing: Path, split: str) -> Iterator[Clip]:
+def _videos(folder: str) -> Iterator[File]:
+    """Video files under a folder or prefix, but for those behind a name that begins with a dot."""
+    if not storage.is_remote(folder):
+        yield from _local_videos(folder)
+        return
+    for found in storage.scan(folder):
+        if found.path.lower().endswith(VIDEO_SUFFIXES) and "/." not in found.path[len(folder) :]:
+            yield found.path, found.size, found.version
+
+
+def _local_videos(folder: str) -> Iterator[File]:
+    """A folder that cannot be listed is an error: its clips must not go missing without a word. Links to folders are not followed."""
+    folders = [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.name.lower().endswith(VIDEO_SUFFIXES) and not (entry.is_symlink() and os.path.isdir(entry.path)):
+                        yield _local_file(entry.path)
+        except OSError as error:
+            raise ValueError(f"cannot list {error.filename}: {error.strerror}") from error
+
+
+def _file(path: str) -> File:
+    """A file's size and version, if there is more than a name."""
+    if not storage.is_remote(path):
+        return _local_file(path)
+    found = storage.stat(path)
+    return (path, found.size, found.version) if found else (path, None, None)
+
+
+def _local_file(path: str) -> File:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path, None, None
+    return path, status.st_size, f"mtime:{status.st_mtime_ns}"
+
+
+def _listed_files(listing: str, split: str) -> Iterator[Clip]:
     """Clips of a text file of paths."""
-    for line in _lines(listing):
-        clip = _clip(str(listing.parent / line), split)
-        yield clip if os.path.lexists(clip.source) else replace(clip, reason="missing", message=f"listed in {listing} but not there")
+    parent = storage.parent(listing)
+    paths = [_resolved(parent, line) for line in _lines(listing)]
+    objects = _objects({path for path in paths if storage.is_remote(path)})
+    for path in paths:
+        file = (objects.get(path) or (path, None, None)) if storage.is_remote(path) else _file(path)
+        clip = _clip(file, split)
+        absent = file[1] is None and (storage.is_remote(path) or not os.path.lexists(path))
+        yield replace(clip, reason="missing", message=f"listed in {listing} but not there") if absent else clip
 
 
-def _listed_ids(listing: Path, folder: Path, split: str) -> Iterator[Clip]:
+def _resolved(parent: str, line: str) -> str:
+    """A line of a list of files as a path of its own."""
+    if storage.is_remote(line):
+        return _normal(line)
+    if not storage.is_remote(parent):
+        return os.path.join(parent, line)
+    return line if line.startswith("/") else _normal(f"{parent}/{line}")
+
+
+def _normal(url: str) -> str:
+    """An address without `.`, `..` and empty parts, as listings have it."""
+    scheme, _, path = url.partition("://")
+    return f"{scheme}://{posixpath.normpath(path)}"
+
+
+def _objects(wanted: Collection[str]) -> dict[str, File]:
+    """Size and version of the wanted objects that exist.
+
+    Folders are listed, since a page tells of a thousand objects for the price of asking for one: each folder by itself, or, where the objects lie in
+    many, everything under what their paths have in common. A listing that turns out to be mostly of other objects is given up, and the objects asked
+    for one by one.
+    """
+    found: dict[str, File] = {}
+    for paths in _grouped(wanted, lambda path: "/".join(path.split("/", 3)[:3])).values():  # those of one bucket
+        parents = _grouped(paths, posixpath.dirname)
+        together = len(parents) > 8 + len(paths) // 100
+        groups = {posixpath.commonprefix([f"{parent}/" for parent in parents]).rpartition("/")[0]: paths} if together else parents
+        for folder, members in groups.items():
+            found |= _listed_or_asked(folder, members, recursive=together)
+    return found
+
+
+def _grouped(paths: Iterable[str], key: Callable[[str], str]) -> dict[str, set[str]]:
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        groups[key(path)].add(path)
+    return groups
+
+
+def _listed_or_asked(folder: str, wanted: Collection[str], *, recursive: bool) -> dict[str, File]:
+    found: dict[str, File] = {}
+    for number, entry in enumerate(storage.scan(folder, recursive=recursive)):
+        if entry.path in wanted:
+            found[entry.path] = (entry.path, entry.size, entry.version)
+        if number >= 1000 + LISTED_PER_WANTED * len(wanted):
+            break
+    else:
+        return found
+    with ThreadPoolExecutor(ASKING_THREADS) as pool:
+        return found | {file[0]: file for file in pool.map(_file, [path for path in wanted if path not in found]) if file[1] is not None}
+
+
+def _listed_ids(listing: str, folder: str, split: str) -> Iterator[Clip]:
     """Clips of VGGSound's csv or of a text file of clip ids, found in a folder by their names."""
-    if not listing.is_file():
-        raise ValueError(f"listing is {str(listing)!r}, which is no file; expected VGGSound's csv or a text file of clip ids")
-    rows = _csv_rows(listing, split) if listing.suffix.lower() == ".csv" else ((line, line, None, split) for line in _lines(listing))
-    found: dict[str, str] = {}
-    for path in sorted(_videos(folder), reverse=True):  # of files for the same clip, the first in sorted order stays
-        found |= dict.fromkeys(_ids(Path(path).stem), path)
+    if not storage.is_file(listing):
+        raise ValueError(f"listing is {listing!r}, which is no file; expected VGGSound's csv or a text file of clip ids")
+    rows = _csv_rows(listing, split) if listing.lower().endswith(".csv") else ((line, line, None, split) for line in _lines(listing))
+    found: dict[str, File] = {}
+    for file in sorted(_videos(folder), reverse=True):  # of files for the same clip, the first in sorted order stays
+        for clip_id in _ids(_stem(file[0])):
+            found[clip_id] = file
     for clip_id, default_key, label, row_split in rows:
-        path = found.get(clip_id) or next((found[other] for other in _ids(clip_id) if other in found), None)
-        if path is None:
-            key = key_of(default_key)
-            yield Clip(key, str(folder / f"{default_key}.mp4"), row_split, label, "missing", f"listed in {listing} but not in {folder}")
+        file = found.get(clip_id) or next((found[other] for other in _ids(clip_id) if other in found), None)
+        if file is None:
+            key, path = key_of(default_key), storage.join(folder, f"{default_key}.mp4")
+            yield Clip(key, path, row_split, label, "missing", f"listed in {listing} but not in {folder}")
         else:
-            stem = Path(path).stem
-            yield Clip(key_of(stem if re.fullmatch(YOUTUBE_ID + r"_\d+_\d+", stem) else default_key), path, row_split, label)
+            stem = _stem(file[0])
+            key = key_of(stem if MILLISECONDS_NAME.fullmatch(stem) else default_key)
+            yield Clip(key, file[0], row_split, label, size=file[1], version=file[2])
 
 
 def _ids(stem: str) -> list[str]:
     """Names under which a file can be listed: its stem, and its youtube id with the start in milliseconds."""
-    if match := re.fullmatch(YOUTUBE_ID + r"_(\d+)_\d+", stem):
+    if match := MILLISECONDS_NAME.fullmatch(stem):
         return [stem, f"{match[1]}_{int(match[2])}"]
-    if match := re.fullmatch(YOUTUBE_ID + r"_(\d{6})", stem):
+    if match := SECONDS_NAME.fullmatch(stem):
         return [stem, f"{match[1]}_{int(match[2]) * 1000}"]
     return [stem]
 
 
-def _csv_rows(path: Path, split: str) -> Iterator[tuple[str, str, str | None, str]]:
+def _csv_rows(path: str, split: str) -> Iterator[tuple[str, str, str | None, str]]:
     """VGGSound's rows: youtube id with start, key, label, split. A first row whose second column is no number is a header."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
-            if not row:
+    for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
+        if not row:
+            continue
+        if len(row) not in (3, 4) or not row[1].strip().isdigit():
+            if number == 1 and len(row) in (3, 4):
                 continue
-            if len(row) not in (3, 4) or not row[1].strip().isdigit():
-                if number == 1 and len(row) in (3, 4):
-                    continue
-                raise ValueError(f"{path}, line {number}: {row!r}; expected `youtube id,start second,label,split`")
-            start_ms = int(row[1]) * 1000
-            row_split = row[3].strip() if len(row) == 4 else split
-            yield f"{row[0]}_{start_ms}", f"{row[0]}_{start_ms}_{start_ms + VGGSOUND_SECONDS * 1000}", row[2].strip() or None, row_split
+            raise ValueError(f"{path}, line {number}: {row!r}; expected `youtube id,start second,label,split`")
+        start_ms = int(row[1]) * 1000
+        row_split = row[3].strip() if len(row) == 4 else split
+        yield f"{row[0]}_{start_ms}", f"{row[0]}_{start_ms}_{start_ms + VGGSOUND_SECONDS * 1000}", row[2].strip() or None, row_split
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: str) -> list[str]:
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _text(path: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return storage.read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file (byte {error.start} is not UTF-8); expected one video or clip id a line") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        raise ValueError(f"{path} is not a text file (byte {error.start} is not UTF-8); expected a list, one video or clip id a line") from error
 
 
 def _without_duplicates(clips: Iterable[Clip]) -> list[Clip]:
@@ -188,4 +311,4 @@ def _split(clips: list[Clip], config: DiscoverConfig) -> list[Clip]:
     test = round(len(keys) * config.test_fraction)
     validation = round(len(keys) * config.validation_fraction)
     moved = dict.fromkeys(keys[:test], "test") | dict.fromkeys(keys[test : test + validation], "validation")
-    return [replace(clip, split=moved.get(clip.key, clip.split)) if clip.split == config.split else clip for clip in clips]
+    return [replace(clip, split=moved[clip.key]) if clip.split == config.split and clip.key in moved else clip for clip in clips]
