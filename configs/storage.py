@@ -13,20 +13,22 @@ import fcntl
 import logging
 import os
 import posixpath
+import random
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import md5, sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import obstore
 import obstore.store
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, GenericError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -34,11 +36,12 @@ if TYPE_CHECKING:
 
 AnyPath = str | os.PathLike
 SCHEMES = ("s3", "gs", "az")
-PART_BYTES = 16 << 20
-"""Of an upload in parts, and of a download in ranges. Stores take 10,000 parts: 160 GB."""
+T = TypeVar("T")
+PART_BYTES = 8 << 20
+"""Of an upload in parts, and of a download in ranges. Stores take 10,000 parts: 80 GB."""
 CONCURRENT_PARTS = 4
 RETRY_SECONDS = 180.0
-"""How long one request is tried again while storage answers 5xx, drops connections or is silent."""
+"""How long an operation is tried again while storage answers 5xx, drops connections or is silent."""
 UPLOAD_TRIES = 3
 """Whole uploads that are begun again because what arrived differs from what was sent."""
 ENVIRONMENT = ("AWS_", "GOOGLE_", "AZURE_")
@@ -49,7 +52,7 @@ class StorageError(OSError):
     """Storage that failed after its retries, or that will not work as it is set up. Names the path, the cause and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stat:
     """A file as a listing shows it."""
 
@@ -104,6 +107,13 @@ def _split(path: AnyPath) -> tuple[str, str, str] | None:
     return scheme, bucket, "/".join(part for part in key.split("/") if part)
 
 
+def _place(path: str) -> tuple[str, str, str]:
+    """(scheme, bucket, key) of a path that is remote."""
+    place = _split(path)
+    assert place is not None
+    return place
+
+
 # --- looking --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -115,8 +125,7 @@ def stat(path: AnyPath) -> Stat | None:
     if not place[2]:
         return None
     try:
-        with _explained(text):
-            return _remote_stat(text, obstore.head(_store(text), place[2]))
+        return _remote_stat(text, _patiently(text, lambda: obstore.head(_store(text), place[2])))
     except FileNotFoundError:
         return None
 
@@ -131,8 +140,7 @@ def is_folder(path: AnyPath) -> bool:
     text, place = _text(path), _split(path)
     if place is None:
         return os.path.isdir(text)
-    with _explained(text):
-        return any(len(page) > 0 for page in obstore.list(_store(text), place[2] or None, chunk_size=1))
+    return _patiently(text, lambda: any(len(page) > 0 for page in obstore.list(_store(text), place[2] or None, chunk_size=1)))
 
 
 def scan(root: AnyPath, *, recursive: bool = True) -> Iterator[Stat]:
@@ -144,13 +152,7 @@ def scan(root: AnyPath, *, recursive: bool = True) -> Iterator[Stat]:
     if place is None:
         yield from _local_scan(text, recursive)
         return
-    scheme, bucket, prefix = place
-    with _explained(text):
-        store = _store(text)
-        pages = obstore.list(store, prefix or None, chunk_size=1000) if recursive else [obstore.list_with_delimiter(store, prefix or None)["objects"]]
-        for page in pages:
-            for found in page:
-                yield _remote_stat(f"{scheme}://{bucket}/{found['path']}", found)
+    yield from _patiently(text, lambda: list(_remote_scan(text, recursive)))
 
 
 def names(root: AnyPath) -> list[str]:
@@ -172,6 +174,14 @@ def _local_stat(path: str) -> Stat:
 def _remote_stat(path: str, found: "ObjectMeta") -> Stat:
     tag = found["e_tag"]
     return Stat(path, found["size"], f"modified:{found['last_modified'].isoformat()}" if tag is None else f"etag:{tag.strip(chr(34))}")
+
+
+def _remote_scan(path: str, recursive: bool) -> Iterator[Stat]:
+    scheme, bucket, prefix = _place(path)
+    store, under = _store(path), prefix or None
+    for page in obstore.list(store, under, chunk_size=1000) if recursive else [obstore.list_with_delimiter(store, under)["objects"]]:
+        for found in page:
+            yield _remote_stat(f"{scheme}://{bucket}/{found['path']}", found)
 
 
 def _local_scan(folder: str, recursive: bool) -> Iterator[Stat]:
@@ -200,25 +210,25 @@ def read_bytes(path: AnyPath, start: int | None = None, end: int | None = None) 
 
 def _read(path: str, wanted: Any, tag: str | None = None) -> bytes:
     """One GET. `tag`: the ETag that the object must still have."""
-    place = _split(path)
-    assert place is not None
     options: GetOptions = {}
     if wanted is not None:
         options["range"] = wanted
     if tag is not None:
         options["if_match"] = tag
-    with _explained(path):
+
+    def get() -> bytes:
         try:
-            got = obstore.get(_store(path), place[2], options=options)
+            got = obstore.get(_store(path), _place(path)[2], options=options)
         except BaseError as error:
-            if "416 Range Not Satisfiable" in str(error):
+            if "416 Range Not Satisfiable" in str(error):  # the file ends before the range begins
                 return b""
             raise
-        data = bytes(got.bytes())
-        expected = got.range[1] - got.range[0]
-    if len(data) != expected:
-        raise StorageError(f"{path}: storage sent {len(data)} of {expected} bytes; run the job again, and if it stays so the object is damaged")
-    return data
+        data, expected = bytes(got.bytes()), got.range[1] - got.range[0]
+        if len(data) != expected:
+            raise _BrokenOffError(f"storage sent {len(data)} of {expected} bytes")
+        return data
+
+    return _patiently(path, get)
 
 
 def local_copy(path: AnyPath, folder: AnyPath | None = None) -> Path:
@@ -306,8 +316,8 @@ def remove(path: AnyPath) -> None:
             os.unlink(text)
             sync_folder(parent(text))
         return
-    with contextlib.suppress(FileNotFoundError), _explained(text):
-        obstore.delete(_store(text), place[2])
+    with contextlib.suppress(FileNotFoundError):
+        _patiently(text, lambda: obstore.delete(_store(text), place[2]))
 
 
 def remove_stale(path: AnyPath) -> None:
@@ -342,23 +352,28 @@ def sync_folder(folder: AnyPath) -> None:
 
 def _upload(path: str, file: BinaryIO) -> None:
     """Puts a file's bytes at `path`; begun again where what arrived is not what was sent."""
-    place = _split(path)
-    assert place is not None
-    size = file.seek(0, os.SEEK_END)
     for _ in range(UPLOAD_TRIES):
-        parts = _Parts(file)
-        with _explained(path):
-            if size <= PART_BYTES:
-                put = obstore.put(_store(path), place[2], b"".join(parts), use_multipart=False)
-            else:
-                put = obstore.put(_store(path), place[2], parts, chunk_size=PART_BYTES, max_concurrency=CONCURRENT_PARTS)
-        found = stat(path)
-        if found is not None and found.size == size and (put["e_tag"] or "").strip('"') == parts.tag():
-            return
-        if found is not None and found.size == size and _same(found, file):
+        sent, arrived = _patiently(path, lambda: _send(path, file))
+        if sent == arrived or _same(path, file):
             return
         log.warning("%s: what storage holds is not what was sent; sending it again", path)
-    raise StorageError(f"{path}: storage held something else than was sent, {UPLOAD_TRIES} times; check the store and what lies between")
+    remove(path)
+    raise StorageError(f"{path}: {UPLOAD_TRIES} times storage held something else than was sent; check the store and what lies between")
+
+
+def _send(path: str, file: BinaryIO) -> tuple[str, str]:
+    """One upload: the ETag that what was sent should have, and the one that it was given. obstore aborts an upload in parts that fails."""
+    parts, key = _Parts(file), _place(path)[2]
+    try:
+        if file.seek(0, os.SEEK_END) <= PART_BYTES:
+            put = obstore.put(_store(path), key, b"".join(parts), use_multipart=False)
+        else:
+            put = obstore.put(_store(path), key, parts, chunk_size=PART_BYTES, max_concurrency=CONCURRENT_PARTS)
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise
+        raise _BrokenOffError(f"storage lost an unfinished upload: {_cause(error)}") from error
+    return parts.tag(), (put["e_tag"] or "").strip('"')
 
 
 class _Parts:
@@ -366,9 +381,9 @@ class _Parts:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digests = file, []
-        file.seek(0)
 
     def __iter__(self) -> Iterator[bytes]:
+        self._file.seek(0)
         while data := self._file.read(PART_BYTES):
             self._digests.append(md5(data, usedforsecurity=False).digest())
             yield data
@@ -380,13 +395,13 @@ class _Parts:
         return f"{md5(b''.join(self._digests), usedforsecurity=False).hexdigest()}-{len(self._digests)}"
 
 
-def _same(found: Stat, file: BinaryIO) -> bool:
+def _same(path: str, file: BinaryIO) -> bool:
     """Whether an object holds a file's bytes, by reading it back: for stores whose ETags are no md5 (Google's, Azure's, some encrypted buckets)."""
+    found = stat(path)
+    if found is None or found.size != file.seek(0, os.SEEK_END):
+        return False
     file.seek(0)
-    with tempfile.TemporaryFile() as back:
-        _download(found, back)  # pyright: ignore[reportArgumentType] - a BinaryIO by another name
-        back.seek(0)
-        return all(back.read(len(data)) == data for data in iter(lambda: file.read(PART_BYTES), b""))
+    return all(_read(path, (start, start + PART_BYTES)) == file.read(PART_BYTES) for start in range(0, found.size, PART_BYTES))
 
 
 # --- stores ---------------------------------------------------------------------------------------------------------------------------
@@ -398,12 +413,10 @@ _process = os.getpid()
 
 def _store(path: str) -> "ObjectStore":
     """The store of a path's bucket: one for each bucket and environment in a process, tried out when it is made."""
-    place = _split(path)
-    assert place is not None
     assert os.getpid() == _process or not _stores, (
         "object storage was used before this process was forked, which its threads did not survive; use spawn"
     )
-    scheme, bucket, _ = place
+    scheme, bucket, _ = _place(path)
     key = (scheme, bucket, *sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)))
     if key not in _stores:
         url = f"{scheme}://{bucket}"
@@ -413,7 +426,7 @@ def _store(path: str) -> "ObjectStore":
 
 
 def _connect(url: str, *, retries: int, seconds: float, silence_seconds: float) -> "ObjectStore":
-    with _explained(url):
+    try:
         return obstore.store.from_url(
             url,
             client_options={
@@ -428,12 +441,14 @@ def _connect(url: str, *, retries: int, seconds: float, silence_seconds: float) 
                 "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
             },
         )
+    except BaseError as error:
+        raise _failure(url, error) from error
 
 
 def _try_out(url: str) -> None:
     """One short request, so that a wrong bucket or wrong credentials are told in seconds. Storage that is only unwell is left to the retries."""
     try:
-        obstore.list(_connect(url, retries=1, seconds=5.0, silence_seconds=10.0), "soundshard-is-anyone-there").collect()
+        obstore.list(_connect(url, retries=3, seconds=5.0, silence_seconds=10.0), "soundshard-is-anyone-there").collect()
     except BaseError as error:
         if any(pattern in str(error) for pattern in ADVICE):
             raise _failure(url, error) from error
@@ -465,17 +480,31 @@ NO_CREDENTIALS = {
 }
 
 
-@contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """obstore's errors as ours."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
-            raise _failure(path, error) from error
-        raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
-    except BaseError as error:
-        raise _failure(path, error) from error
+class _BrokenOffError(Exception):
+    """What obstore takes for the end, or for an answer, and another try may do better."""
+
+
+def _patiently(path: str, operation: Callable[[], T]) -> T:
+    """What the operation returns, its errors as ours. obstore tries most requests again by itself, but not those whose answers break off."""
+    deadline, pause = time.monotonic() + RETRY_SECONDS, 0.1
+    while True:
+        try:
+            return operation()
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise _failure(path, error) from error
+            raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
+        except (BaseError, _BrokenOffError) as error:
+            if not _may_pass(error) or time.monotonic() > deadline:
+                raise _failure(path, error) from error
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(2 * pause, 5.0)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether waiting may cure it: anything but a clear refusal."""
+    refused = re.search(r"status code: 4(?!08|29)\d\d", str(error))
+    return isinstance(error, (GenericError, _BrokenOffError)) and not refused and not any(pattern in str(error) for pattern in ADVICE)
 
 
 def _failure(path: str, error: BaseException) -> StorageError:
