@@ -295,8 +295,8 @@ h2{font-size:1.15rem;margin:56px 0 12px;font-weight:650}
 h3{font-size:1rem;margin:0;font-weight:600;display:flex;gap:12px;justify-content:space-between;align-items:baseline}
 .lead{max-width:46em;color:var(--soft);margin:0 0 28px}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:1px;
-background:var(--line);border:1px solid var(--line);border-radius:10px;overflow:hidden}
-.figures div{background:var(--card);padding:16px 18px}
+background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.figures div{box-shadow:0 0 0 1px var(--line);padding:16px 18px}
 .figures strong{display:block;font-size:1.55rem;font-weight:600;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
 .figures span,.key,.legend,figcaption,.remark{color:var(--soft);font-size:.86rem}
 article{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px;margin:18px 0}

@@ -390,9 +390,9 @@ def duration_text(seconds: float) -> str:
 def rate_text(clips_per_second: float) -> str:
     """Clips per second, or per minute or hour where they are rare."""
     for factor, unit in ((1, "s"), (60, "min"), (3600, "h")):
-        if clips_per_second * factor >= 0.2 or unit == "h":
+        if clips_per_second * factor >= 0.2 or clips_per_second == 0 or unit == "h":
             rate = clips_per_second * factor
-            return f"{rate:,.0f} clips/{unit}" if rate >= 99.95 else f"{rate:.1f} clips/{unit}"
+            return f"{rate:,.0f} clips/{unit}" if rate >= 99.95 or rate == 0 else f"{rate:.1f} clips/{unit}"
     raise AssertionError
 
 

@@ -322,7 +322,7 @@ def test_texts() -> None:
         "0.0 s", "0.0 s", "9.9 s", "10 s", "59 s", "1 min 00 s", "12 min 05 s", "1 h 00 min", "4 h 29 min", "1 d 0 h", "3 d 4 h",
     ]  # fmt: skip
     assert [rate_text(r) for r in (1234.5, 99.96, 12.34, 0.2, 0.1, 0.001, 0.0)] == [
-        "1,234 clips/s", "100 clips/s", "12.3 clips/s", "0.2 clips/s", "6.0 clips/min", "3.6 clips/h", "0.0 clips/h",
+        "1,234 clips/s", "100 clips/s", "12.3 clips/s", "0.2 clips/s", "6.0 clips/min", "3.6 clips/h", "0 clips/s",
     ]  # fmt: skip
     assert [size_text(s) for s in (0, 999, 1000, 999_700, 312_400_000_000, 4.2e12)] == ["0 B", "999 B", "1.0 kB", "1.0 MB", "312.4 GB", "4.2 TB"]
     assert [bar(f, 4) for f in (0.0, 0.25, 0.3, 1.0)] == ["    ", "█   ", "█▏  ", "████"] and bar(0.6, 5, blocks=False) == "###--"
