@@ -373,7 +373,7 @@ def _share_text(share: float | None) -> str:
     """Percents; a small part is not called nothing, nor nearly all all."""
     if share is None:
         return "–"  # noqa: RUF001 - a dash for a cell without a number
-    percent = 100 * share
+    percent = round(100 * share, 6)
     digits = 0 if percent == 0 or percent >= 100 or 10 <= percent < 99.5 else 1 if percent >= 0.95 else 2
     return "< 0.01 %" if 0 < percent < 0.005 else f"{min(percent, 99.9) if percent < 100 else percent:.{digits}f} %"
 
