@@ -14,10 +14,11 @@ This module knows no dataset, no Ray and no network.
 import io
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from itertools import chain, pairwise
 from math import floor
 from pathlib import Path
@@ -151,6 +152,8 @@ def open_clip(
     file = _file(source)
     try:
         container = av.open(file, "r", metadata_errors="replace", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+    except MemoryError:
+        raise
     except FFmpegError as error:
         raise _cannot_open(source, error) from error
     with container:
@@ -210,6 +213,8 @@ class OpenClip:
             for packet in self.container.demux(streams):
                 if packet.size:
                     (self.video_packets if packet.stream is self.video else self.audio_packets).append(packet)
+        except MemoryError:
+            raise
         except (FFmpegError, IndexError):
             # A file that breaks off, or grows streams from damaged bytes (PyAV's IndexError): what was read stays, and `_check_complete` judges
             # whether it is enough.
@@ -266,7 +271,7 @@ class OpenClip:
         to_rgb, out, shown = VideoReformatter(), None, None
         for index, frame in enumerate(pictures):
             if out is None:
-                out = np.empty((self.frames, frame.height, frame.width, 3), np.uint8)
+                out = empty_pictures(self.frames, frame.height, frame.width)
             if frame is shown:
                 out[index] = out[index - 1]
             else:
@@ -284,6 +289,8 @@ class OpenClip:
     def _fitted(self, fit: "PictureFit", frame: VideoFrame) -> VideoFrame:
         try:
             return fit(frame)
+        except MemoryError:
+            raise
         except FFmpegError as error:
             raise MediaError("undecodable", f"{frame.format.name} pictures of {frame.width}x{frame.height} cannot be scaled: {error}") from error
 
@@ -341,6 +348,8 @@ class OpenClip:
                 run = _Run(seconds, frame, layout, rate_hz)
             try:
                 run.add(frame)
+            except MemoryError:
+                raise
             except FFmpegError:  # damage can look like a format that no sound has
                 self.audio_faults += 1
                 run = None
@@ -397,6 +406,20 @@ class OpenClip:
             video_faults=self.video_faults,
             audio_faults=self.audio_faults,
         )
+
+
+_new_array: Callable[[tuple[int, ...]], np.ndarray] = partial(np.empty, dtype=np.uint8)
+
+
+def decode_into(new_array: Callable[[tuple[int, ...]], np.ndarray]) -> None:
+    """From now on, whole clips' pictures are decoded into arrays of bytes that `new_array` makes for a shape: in memory that another process sees."""
+    global _new_array
+    _new_array = new_array
+
+
+def empty_pictures(frames: int, height: int, width: int) -> Pictures:
+    """An array for a clip's pictures."""
+    return _new_array((frames, height, width, 3))
 
 
 def hold(ticked: Iterable[tuple[int, T]], count: int) -> Iterator[T]:

@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES
-from pipeline.decode import MediaError, OpenClip, Pictures, Sound, SourceInfo, channel_layout, open_clip
+from pipeline.decode import MediaError, OpenClip, Pictures, Sound, SourceInfo, channel_layout, empty_pictures, open_clip
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _encode_pictures(stream: VideoStream, clip: OpenClip, config: EncodeConfig, 
             context.time_base, context.thread_count = Fraction(1, config.frame_rate_hz), config.x264_threads
             context.color_range, context.colorspace = frame.color_range, frame.colorspace
             context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
-            kept = np.empty((clip.frames, frame.height, frame.width, 3), np.uint8) if keep_frames else None
+            kept = empty_pictures(clip.frames, frame.height, frame.width) if keep_frames else None
         frame.pts, frame.time_base, frame.duration = index, Fraction(1, config.frame_rate_hz), 1
         frame.pict_type = PictureType.NONE  # else the source's own key frames would be forced on x264
         packets += stream.encode(frame)
