@@ -191,14 +191,15 @@ def settle_here(root: str, source: Source, arguments: Sequence[object], options:
     clips = [item for item in found if isinstance(item, Clip)]
     if clips and options.clips_per_shard is None:
         raise ValueError("clips_per_shard is not given, and the inputs are clips; only shards that are cut already need none")
+    clips_per_shard = 1 if options.clips_per_shard is None else options.clips_per_shard
     if not storage.is_file(path):
-        shards = sorted(cut or plan_shards(clips, options.clips_per_shard or 1), key=_place)
+        shards = sorted(cut or plan_shards(clips, clips_per_shard), key=_place)
         _check_planless(root, shards, ledgers)
         _write(path, shards)
         return Changes()
     before = list(Plan(root).shards())
     update = _Update(committed=ledgers.keys(), retry_missing=options.retry_missing)
-    after = update.cut(before, cut) if cut else update.clips(before, clips, options.clips_per_shard or 1)
+    after = update.cut(before, cut) if cut else update.clips(before, clips, clips_per_shard)
     if update.refused and not options.redo_changed:
         raise ValueError(update.refusal(root))
     # In this order: a shard without a ledger is done again from what is found, whether or not the plan came to be written.
@@ -223,10 +224,15 @@ class _Update:
     def clips(self, before: Sequence[ShardPlan], found: Sequence[Clip], clips_per_shard: int) -> list[ShardPlan]:
         """Every old row with what is found of it now, and new shards of what is new."""
         pairs, new = _paired([clip for shard in before for clip in shard.clips], found)
-        rows = iter(pairs)
-        after = [replace(shard, clips=tuple(self._row(shard.name, clip, next(rows)) for clip in shard.clips)) for shard in before]
-        holders = {clip.key: clip for shard in after for clip in shard.clips if clip.reason != DUPLICATE} if new else {}
-        appended = [_duplicate(clip, holders[clip.key]) if clip.key in holders and clip.reason != DUPLICATE else clip for clip in new]
+        found_now = iter(pairs)
+        rows = [[self._row(shard.name, clip, next(found_now)) for clip in shard.clips] for shard in before]
+        # Another file may come first now, but a key is its holder's.
+        holders = {clip.key: clip for clips in rows for clip in clips if clip.reason != DUPLICATE}
+        after = [
+            replace(shard, clips=tuple(_duplicate(clip, holders) if clip.reason == DUPLICATE else clip for clip in clips))
+            for shard, clips in zip(before, rows, strict=True)
+        ]
+        appended = [_duplicate(clip, holders) for clip in new]
         for clip in appended:
             self._note("added", f"new: {clip.key} ({clip.source})")
         self._added += len(appended)
@@ -260,7 +266,7 @@ class _Update:
         """A row of the plan, given what is found of its input now."""
         committed = shard in self._committed
         if old.reason == DUPLICATE:
-            return old if new is None else replace(old, source=new.source, message=new.message or old.message, size=new.size, version=new.version)
+            return old if new is None else replace(old, source=new.source, size=new.size, version=new.version)
         if new is None or new.reason == MISSING or (new.size is None and old.size is not None):
             return self._gone_row(old, new, committed=committed)
         if old.reason == MISSING:
@@ -274,7 +280,6 @@ class _Update:
                 self.appeared_shards.add(shard)
         elif committed and (differing := _differences(old, new)):
             self._refuse(shard, _told(new, differing))
-        # Another file of the same name may come first now, but the key is this one's.
         label = old.label if committed else new.label
         return replace(old, source=new.source, label=label, reason=None, message=None, size=new.size, version=new.version)
 
@@ -352,8 +357,10 @@ def _was_missing(old: Clip, new: Clip) -> bool:
     return old.reason == MISSING and new.reason is None
 
 
-def _duplicate(clip: Clip, holder: Clip) -> Clip:
-    return replace(clip, reason=DUPLICATE, message=f"{holder.source} has this key already")
+def _duplicate(clip: Clip, holders: Mapping[str, Clip]) -> Clip:
+    """The clip as a failed one, if its key belongs to another."""
+    holder = holders.get(clip.key)
+    return clip if holder is None else replace(clip, reason=DUPLICATE, message=f"{holder.source} has this key already")
 
 
 def _place(shard: ShardPlan) -> tuple[str, int]:
