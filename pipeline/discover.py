@@ -26,6 +26,7 @@ YOUTUBE_ID = r"([\w-]{11})"
 PLAIN_KEY = re.compile(rf"[\w-]{{1,{KEY_BYTES}}}", re.ASCII)
 MILLISECONDS_NAME = re.compile(YOUTUBE_ID + r"_(\d+)_\d+")
 SECONDS_NAME = re.compile(YOUTUBE_ID + r"_(\d{6})")
+LISTED_ALWAYS = 1000
 LISTED_PER_WANTED = 100
 """Objects that may be listed for one whose size is wanted: a page of 1000 costs about what asking for one object does."""
 ASKING_THREADS = 32
@@ -230,7 +231,7 @@ def _listed_or_asked(folder: str, wanted: Collection[str], *, recursive: bool) -
     for number, entry in enumerate(storage.scan(folder, recursive=recursive)):
         if entry.path in wanted:
             found[entry.path] = (entry.path, entry.size, entry.version)
-        if number >= 1000 + LISTED_PER_WANTED * len(wanted):
+        if number >= LISTED_ALWAYS + LISTED_PER_WANTED * len(wanted):
             break
     else:
         return found

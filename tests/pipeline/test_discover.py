@@ -1,12 +1,16 @@
-"""Discovery from made folders, lists and csvs, and from the heads of the published lists where they are."""
+"""Discovery from made folders, lists and csvs, on disk and in object storage, and from the heads of the published lists where they are."""
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from pipeline.discover import Clip, DiscoverConfig, discover, key_of
+from configs import storage
+from pipeline import discover as discovering
+from pipeline.discover import Clip, DiscoverConfig, discover, discovery, key_of
+from tests.s3 import S3
 
 
 def _touch(folder: Path, *names: str) -> None:
@@ -148,6 +152,163 @@ def test_user_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Path("noise.bin").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ValueError, match=says):
         discover(DiscoverConfig(**options))
+
+
+def test_size_and_version_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _touch(tmp_path, "in/a.mp4", "in/deep/b.mp4", "elsewhere/d.mp4")
+    (tmp_path / "in/a.mp4").write_bytes(b"12345")
+    os.utime(tmp_path / "in/a.mp4", ns=(7, 1234567890123456789))
+    (tmp_path / "in/dangling.mp4").symlink_to("nowhere.mp4")
+    (tmp_path / "in/loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "in/linked.mp4").symlink_to(tmp_path / "in/a.mp4")
+    (tmp_path / "in/folder.mp4").symlink_to(tmp_path / "elsewhere")  # a link to a folder is not followed
+    monkeypatch.chdir(tmp_path)
+    five = (5, "mtime:1234567890123456789")
+    clips = discover(DiscoverConfig("./in"))
+    assert {clip.key: (clip.size, clip.version) for clip in clips if clip.key != "b"} == {
+        "a": five,
+        "linked": five,
+        "dangling": (None, None),
+        "loop": (None, None),
+    }
+    assert all(clip.source.startswith(f"{tmp_path}/in/") and clip.reason is None for clip in clips)
+    (tmp_path / "list.txt").write_text("in/a.mp4\nin/dangling.mp4\nin/none.mp4\n")
+    assert [(clip.size, clip.version, clip.reason) for clip in discover(DiscoverConfig("list.txt"))] == [
+        (*five, None),
+        (None, None, None),
+        (None, None, "missing"),
+    ]
+    (single,) = discover(DiscoverConfig("in/a.mp4"))
+    assert (single.source, single.size, single.version) == (f"{tmp_path}/in/a.mp4", *five)
+
+
+def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _touch(tmp_path, "a.mp4", "closed/b.mp4")
+    scandir = os.scandir
+
+    def refuse(path: str):
+        if path.endswith("closed"):  # as root every folder can be listed
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot list .*closed: Permission denied"):
+        discover(DiscoverConfig(str(tmp_path)))
+
+
+@dataclass(frozen=True)
+class WiderConfig(DiscoverConfig):
+    out: str = "???"
+
+
+def test_the_options_of_a_wider_configuration() -> None:
+    config = discovery(WiderConfig(out="out", source="somewhere", split="test"))
+    assert type(config) is DiscoverConfig and config == DiscoverConfig("somewhere", split="test")
+
+
+def _put(root: str, *names: str) -> None:
+    for name in names:
+        storage.write_bytes(f"{root}/{name}", name.encode())
+
+
+def _relative(clips: list[Clip], root: str) -> list[tuple[str, str, int | None, str | None]]:
+    assert all(clip.source.startswith(f"{root}/") for clip in clips)
+    assert all((clip.version or "").startswith("etag:") == (clip.size is not None) for clip in clips)
+    return [(clip.key, clip.source.removeprefix(f"{root}/"), clip.size, clip.reason) for clip in clips]
+
+
+def test_clips_under_a_prefix(s3: S3) -> None:
+    root = f"{s3.url}/clips"
+    _put(root, "b.MP4", "deep/er/c d.mkv", "notes.txt", "._b.mp4", ".cache/g.mp4", "x/b.mp4")
+    _put(s3.url, "clips2/other.mp4", "texts/notes.txt")
+    expected = [("b", "b.MP4", 5, None), ("b", "x/b.mp4", 7, "duplicate_key"), ("c_d", "deep/er/c d.mkv", 15, None)]
+    assert _relative(discover(DiscoverConfig(root)), root) == expected
+    assert _relative(discover(DiscoverConfig(f"{s3.url}//clips/")), root) == expected
+    (single,) = discover(DiscoverConfig(f"{root}/x/b.mp4"))
+    assert (single.key, single.source, single.size) == ("b", f"{root}/x/b.mp4", 7)
+    with pytest.raises(ValueError, match="no file and no folder"):
+        discover(DiscoverConfig(f"{s3.url}/nothing"))
+    with pytest.raises(ValueError, match="no clips in s3://"):
+        discover(DiscoverConfig(f"{s3.url}/texts"))
+
+
+def test_vggsound_csv_and_ids_of_remote_clips(s3: S3, tmp_path: Path) -> None:
+    root = f"{s3.url}/clips"
+    _put(root, "a/-0BIyqJj9ZU_30000_40000.mp4", "---g-f_I2yQ_000001.mp4", "ZYc410CE4Rg_0_4000.webm", "unlisted.mp4")
+    storage.write_bytes(f"{root}/vggsound.csv", CSV.encode())
+    expected = [
+        ("---g-f_I2yQ_1000_11000", "---g-f_I2yQ_000001.mp4", 22, None),
+        ("---g-f_I2yQ_1000_11000", "---g-f_I2yQ_000001.mp4", 22, "duplicate_key"),
+        ("ZYc410CE4Rg_0_4000", "ZYc410CE4Rg_0_4000.webm", 23, None),
+        ("-0BIyqJj9ZU_30000_40000", "a/-0BIyqJj9ZU_30000_40000.mp4", 29, None),
+        ("ab_cdefg_-1_242000_252000", "ab_cdefg_-1_242000_252000.mp4", None, "missing"),
+    ]
+    assert _relative(discover(DiscoverConfig(root)), root) == expected
+    assert len(discover(DiscoverConfig(root, listing="none"))) == 4
+    (tmp_path / "local.csv").write_text(CSV)
+    assert _relative(discover(DiscoverConfig(root, listing=str(tmp_path / "local.csv"))), root) == expected
+    _put(s3.url, "lists/ids.txt")
+    storage.write_bytes(f"{s3.url}/lists/ids.txt", b"ZYc410CE4Rg_0_4000\n")
+    assert len(discover(DiscoverConfig(root, listing=f"{s3.url}/lists/ids.txt"))) == 1
+
+
+class Counted:
+    """How often storage was asked, and for what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stats, self.scans = 0, []
+        stat, scan = storage.stat, storage.scan
+
+        def counted_stat(path):
+            self.stats += 1
+            return stat(path)
+
+        def counted_scan(root, *, recursive=True):
+            self.scans.append((root, recursive))
+            return scan(root, recursive=recursive)
+
+        monkeypatch.setattr(storage, "stat", counted_stat)
+        monkeypatch.setattr(storage, "scan", counted_scan)
+
+
+def test_a_list_of_remote_files_lists_their_folders(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put(s3.url, *(f"{'ab'[n % 2]}/clip{n:02d}.mp4" for n in range(20)), "a/deeper/clip50.mp4")
+    _touch(tmp_path, "here.mp4")
+    lines = [f"../{'ab'[n % 2]}/clip{n:02d}.mp4" for n in range(22)]
+    storage.write_bytes(f"{s3.url}/lists/train.txt", "\n".join([*lines, f"{s3.url}/a/deeper/clip50.mp4", f"{tmp_path}/here.mp4"]).encode())
+    asked = Counted(monkeypatch)
+    clips = discover(DiscoverConfig(f"{s3.url}/lists/train.txt"))
+    assert [(clip.key, clip.reason, clip.size) for clip in clips] == [
+        *((f"clip{n:02d}", None, 12) for n in range(20)),
+        *((f"clip{n:02d}", "missing", None) for n in range(20, 22)),
+        ("clip50", None, 19),
+        ("here", None, 1),
+    ]
+    assert clips[7].source == f"{s3.url}/b/clip07.mp4" and sorted(asked.scans) == [(f"{s3.url}/{name}", False) for name in ("a", "a/deeper", "b")]
+    assert asked.stats < 5  # the list itself
+    # The same from a list on disk, whose lines are addresses.
+    (tmp_path / "list.txt").write_text("\n".join(f"{s3.url}/{line[3:]}" for line in lines))
+    assert discover(DiscoverConfig(str(tmp_path / "list.txt")))[:20] == clips[:20]
+
+
+@pytest.mark.parametrize("listed_always", [1000, 5])
+def test_a_list_of_files_in_many_folders_lists_what_they_have_in_common(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed_always: int
+) -> None:
+    _put(s3.url, *(f"in/clip{n:02d}/video.mp4" for n in range(15)), "in/clip03/other.mp4", "around/x.mp4")
+    (tmp_path / "list.txt").write_text("\n".join(f"{s3.url}/in/clip{n:02d}/video.mp4" for n in range(17)))
+    monkeypatch.setattr(discovering, "LISTED_ALWAYS", listed_always)
+    monkeypatch.setattr(discovering, "LISTED_PER_WANTED", 0)
+    asked = Counted(monkeypatch)
+    clips = discover(DiscoverConfig(str(tmp_path / "list.txt")))
+    # All have one key, and are told apart by their paths; those that are not there come last.
+    assert [(clip.source, clip.size, clip.reason) for clip in clips[:15]] == [
+        (f"{s3.url}/in/clip{n:02d}/video.mp4", 19, "duplicate_key" if n else None) for n in range(15)
+    ]
+    assert [clip.size for clip in clips[15:]] == [None, None]
+    assert asked.scans == [(f"{s3.url}/in", True)]
+    # A listing that is given up leaves the rest to be asked for one by one.
+    assert (asked.stats > 5) == (listed_always == 5)
 
 
 def test_twenty_thousand_rows_take_no_time(tmp_path: Path) -> None:
