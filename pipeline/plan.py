@@ -35,7 +35,9 @@ import pyarrow.parquet as pq
 from configs import storage
 from configs.load import JobError
 from pipeline.discover import Clip
+from shards import ledger
 from shards.read import Index
+from shards.write import done_shards, uncommit
 
 PLAN = "plan.parquet"
 COLUMNS = {
@@ -51,7 +53,6 @@ COLUMNS = {
 }
 GROUP_ROWS = 4096
 """Rows that are read at once, in whole shards: what a driver holds of the plan."""
-LEDGER = re.compile(r"([\w-]+-\d{6,})\.parquet")
 EXAMPLES = 3
 REMOVING_THREADS = 16
 MISSING, DUPLICATE = "missing", "duplicate_key"
@@ -76,7 +77,7 @@ class Plan:
     """A dataset's plan file. Holds the shards' names and counts; their clips are read when they are asked for."""
 
     names: list[str]
-    counts: list[int]
+    counts: dict[str, int]
     """Clips of each shard, good and bad."""
     clips: int
 
@@ -84,14 +85,13 @@ class Plan:
         """Reads the plan of the dataset at `root`. FileNotFoundError if there is none."""
         self.path = storage.join(root, PLAN)
         self._file = _opened(self.path)
-        self.names, self.counts, self._groups = [], [], []
+        self.counts, self._groups = {}, []
         for group in range(self._file.num_row_groups):
             column = self._file.read_row_group(group, columns=["shard"], use_threads=False).column(0)
             counts = Counter(column.to_pylist())  # in order of first appearance; a shard's rows lie together, and in one group
             self._groups.append(frozenset(counts))
-            self.names += counts.keys()
-            self.counts += counts.values()
-        self.clips = sum(self.counts)
+            self.counts |= counts
+        self.names, self.clips = list(self.counts), sum(self.counts.values())
 
     def shards(self, wanted: Collection[str] | None = None) -> Iterator[ShardPlan]:
         """The shards in the plan's order, or those whose names are in `wanted`; a few thousand clips are in memory at a time."""
@@ -186,7 +186,7 @@ def settle_here(root: str, source: Source, arguments: Sequence[object], options:
     """`settle` in this process: the plan file is as it should be when it returns, and as it was when it raises."""
     path = storage.join(root, PLAN)
     storage.remove_stale(path)
-    found, ledgers = source(*arguments), _ledgers(root)
+    found, committed = source(*arguments), done_shards(root)
     cut = [item for item in found if isinstance(item, ShardPlan)]
     clips = [item for item in found if isinstance(item, Clip)]
     if clips and options.clips_per_shard is None:
@@ -194,17 +194,17 @@ def settle_here(root: str, source: Source, arguments: Sequence[object], options:
     clips_per_shard = 1 if options.clips_per_shard is None else options.clips_per_shard
     if not storage.is_file(path):
         shards = sorted(cut or plan_shards(clips, clips_per_shard), key=_place)
-        _check_planless(root, shards, ledgers)
+        _check_planless(root, shards, committed)
         _write(path, shards)
         return Changes()
     before = list(Plan(root).shards())
-    update = _Update(committed=ledgers.keys(), retry_missing=options.retry_missing)
+    update = _Update(committed=committed, retry_missing=options.retry_missing)
     after = update.cut(before, cut) if cut else update.clips(before, clips, clips_per_shard)
     if update.refused and not options.redo_changed:
         raise ValueError(update.refusal(root))
     # In this order: a shard without a ledger is done again from what is found, whether or not the plan came to be written.
     with ThreadPoolExecutor(REMOVING_THREADS) as pool:
-        list(pool.map(lambda name: storage.remove(storage.join(root, f"{name}.parquet")), update.refused))
+        list(pool.map(lambda name: uncommit(root, name), update.refused))
     if after != before:
         _write(path, after)
     return update.changes()
@@ -482,22 +482,13 @@ def _fetched(path: str) -> Any:
     return file
 
 
-def _ledgers(root: str) -> dict[str, str]:
-    """Committed shards and the versions of their ledgers."""
-    if not storage.is_folder(root):
-        return {}
-    listed = ((LEDGER.fullmatch(storage.basename(found.path)), found.version) for found in storage.scan(root, recursive=False))
-    return {match[1]: version for match, version in listed if match}
-
-
-def _check_planless(root: str, shards: Sequence[ShardPlan], ledgers: Collection[str]) -> None:
+def _check_planless(root: str, shards: Sequence[ShardPlan], committed: Collection[str]) -> None:
     """A dataset whose plan is lost goes on where the same inputs are cut into the same shards. ValueError otherwise."""
-    planned = {shard.name: [clip.key for clip in shard.clips] for shard in shards} if ledgers else {}
-    for name in sorted(ledgers):
-        data = pa.BufferReader(storage.read_bytes(storage.join(root, f"{name}.parquet")))
-        if pq.ParquetFile(data).read(["key"]).column(0).to_pylist() != planned.get(name):
+    planned = {shard.name: [clip.key for clip in shard.clips] for shard in shards} if committed else {}
+    for name in sorted(committed):
+        if ledger.read(ledger.path_of(root, name), columns=["key"])["key"].to_pylist() != planned.get(name):
             raise ValueError(
-                f"{root} has {len(ledgers)} finished shards but no {PLAN}, and {name} does not hold what these inputs would put there; "
+                f"{root} has {len(committed)} finished shards but no {PLAN}, and {name} does not hold what these inputs would put there; "
                 "give the inputs and the clips_per_shard that it was made with, or another out"
             )
 

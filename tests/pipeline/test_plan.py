@@ -90,7 +90,11 @@ def test_clips_are_cut_in_order_and_come_back_as_they_were() -> None:
     settle_here("out", lambda: clips, [], Options(3))
     plan = Plan("out")
     t, a, a2, b, c = (*plan.shards(),)[0].clips + (*plan.shards(),)[1].clips + (*plan.shards(),)[2].clips
-    assert (plan.names, plan.counts, plan.clips) == (["test-000000", "train-000000", "train-000001"], [1, 3, 1], 5)
+    assert (plan.names, plan.counts, plan.clips) == (
+        ["test-000000", "train-000000", "train-000001"],
+        {"test-000000": 1, "train-000000": 3, "train-000001": 1},
+        5,
+    )
     assert [a, a2, b, c] == [clips[2], clips[1], clips[0], clips[3]] and t == replace(clips[4], message="not there: \\udce9")
     table = pq.read_table("out/plan.parquet")
     assert table.column_names == ["shard", "key", "source", "split", "label", "reason", "message", "size", "version"]
@@ -114,7 +118,7 @@ def test_row_groups_hold_whole_shards_and_only_wanted_ones_are_read(monkeypatch:
     metadata = pq.ParquetFile("out/plan.parquet").metadata
     assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [6, 6, 6, 2]
     plan = Plan("out")
-    assert plan.counts == [3, 3, 3, 3, 3, 3, 2] and plan.clips == 20
+    assert list(plan.counts.values()) == [3, 3, 3, 3, 3, 3, 2] and plan.clips == 20
     read: list[int] = []
     monkeypatch.setattr(plan, "_file", Spy(plan._file, read))
     assert [shard.name for shard in plan.shards({"train-000003", "train-000006", "train-000099"})] == ["train-000003", "train-000006"]
@@ -445,7 +449,7 @@ def test_a_shard_that_is_cut_otherwise_is_a_changed_one() -> None:
 def test_planning_runs_in_a_light_process_whose_errors_come_back(tmp_path: Path) -> None:
     touch_numbered(range(4))
     plan, changes = settle("out", discover, DiscoverConfig("source"), clips_per_shard=3)
-    assert (changes, plan.names, plan.counts) == (Changes(), ["train-000000", "train-000001"], [3, 1])
+    assert (changes, plan.names, plan.counts) == (Changes(), ["train-000000", "train-000001"], {"train-000000": 3, "train-000001": 1})
     commit()
     touch("source/clip000.mp4", data=b"changed")
     with pytest.raises(ValueError, match=r"clip000 .*size 1 before, 7 now") as refused:
@@ -491,7 +495,7 @@ def test_many_changed_shards_come_back_from_the_process() -> None:
     """More than a pipe holds at once."""
     _, changes = settle("out", cut_numbered, 1)
     for number in range(6000):
-        Path(f"out/train-{number:06d}.parquet").touch()
+        touch(f"out/train-{number:06d}.parquet", f"out/train-{number:06d}.tar")
     _, changes = settle("out", cut_numbered, 2, overwrite=True)
     assert len(changes.changed) == 6000 and ledgers() == []
 
@@ -571,11 +575,12 @@ def test_plans_and_inputs_in_object_storage(s3: S3, monkeypatch: pytest.MonkeyPa
         storage.write_bytes(f"{s3.url}/in/clip{number}.mp4", b"x" * number)
     root, config = f"{s3.url}/out", DiscoverConfig(f"{s3.url}/in")
     plan, changes = settle(root, discover, config, clips_per_shard=2)
-    assert (changes, plan.counts) == (Changes(), [2, 2, 1])
+    assert (changes, list(plan.counts.values())) == (Changes(), [2, 2, 1])
     (second,) = plan.shards({"train-000001"})
     assert [(clip.source, clip.size) for clip in second.clips] == [(f"{s3.url}/in/clip2.mp4", 2), (f"{s3.url}/in/clip3.mp4", 3)]
     assert all(clip.version and clip.version.startswith("etag:") for clip in second.clips)
-    storage.write_bytes(f"{root}/train-000001.parquet", b"a ledger")
+    for kind in ("tar", "parquet"):
+        storage.write_bytes(f"{root}/train-000001.{kind}", b"as good as committed")
     before = storage.stat(f"{root}/{PLAN}")
     assert update(config, root=root, clips_per_shard=2) == Changes() and storage.stat(f"{root}/{PLAN}") == before
     storage.write_bytes(f"{s3.url}/in/clip3.mp4", b"yyy")
@@ -587,4 +592,4 @@ def test_plans_and_inputs_in_object_storage(s3: S3, monkeypatch: pytest.MonkeyPa
     changes = update(config, root=root, clips_per_shard=2, redo_changed=True)
     assert (changes.added, changes.changed) == (1, ("train-000001",)) and not storage.is_file(f"{root}/train-000001.parquet")
     assert list(keys(root).values()) == [["clip0", "clip1"], ["clip2", "clip3"], ["clip4"], ["clip5"]]
-    assert storage.names(root) == [PLAN] and os.listdir(tmp_path) == ["out"]
+    assert storage.names(root) == [PLAN, "train-000001.tar"] and os.listdir(tmp_path) == ["out"]
