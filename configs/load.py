@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import storage
+
 T = TypeVar("T")
 HERE = Path(__file__).parent
 REQUIRED = "???"
@@ -33,9 +35,9 @@ class JobError(RuntimeError):
 def load(schema: type[T], arguments: Sequence[str] = (), *, positional: str | None = None) -> T:
     """An instance of the frozen dataclass `schema` from command-line arguments.
 
-    `config=FILE` (or the name of a file in `configs/`, without `.yaml`) gives values that `key=value` arguments override; keys of nested
-    sections are dotted. `positional` names the field that the first bare argument sets. Raises ValueError for an unknown or missing key, a
-    value of the wrong type or a missing file.
+    `config=FILE` (a path, also in an object store, or the name of a file in `configs/`, without `.yaml`) gives values that `key=value` arguments
+    override; keys of nested sections are dotted. `positional` names the field that the first bare argument sets. Raises ValueError for an unknown
+    or missing key, a value of the wrong type or a missing file.
     """
     given: list[Any] = []
     for argument in arguments:
@@ -63,6 +65,8 @@ def load(schema: type[T], arguments: Sequence[str] = (), *, positional: str | No
 
 def find_yaml(name: str) -> Path:
     """The YAML file called `name`: a path, or a file of `configs/` with or without its ending. Raises ValueError with the names there are."""
+    if storage.is_remote(name):
+        return storage.local_copy(name)
     for candidate in (Path(name), HERE / name, HERE / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
@@ -74,9 +78,9 @@ def to_plain(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def save(config: Any, path: str | Path) -> None:
+def save(config: Any, path: str | os.PathLike) -> None:
     """Write a configuration (dataclass instance) as YAML, so that the file beside a job's results repeats the job."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    storage.write_bytes(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def help_text(schema: type, *, command: str, summary: str, positional: str | None = None) -> str:
@@ -112,7 +116,7 @@ def _shown(default: Any) -> str:
 def job_main(schema: type[T], run: Callable[[T], Any], argv: Sequence[str] | None = None, *, command: str, positional: str | None = None) -> int:
     """The body of every job's `main`: parse, help, run, and turn what went wrong into one line and an exit status.
 
-    0: done. 1: the job failed (JobError). 2: the arguments or inputs are wrong (ValueError, FileNotFoundError). 130: interrupted.
+    0: done. 1: the job failed (JobError, StorageError). 2: the arguments or inputs are wrong (ValueError, FileNotFoundError). 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in arguments):
@@ -124,11 +128,11 @@ def job_main(schema: type[T], run: Callable[[T], Any], argv: Sequence[str] | Non
     except KeyboardInterrupt:
         print(f"soundshard {command}: interrupted; what is finished is kept, run the same command again to go on", file=sys.stderr)
         return 130
-    except (JobError, ValueError, FileNotFoundError, PermissionError) as error:
+    except (JobError, storage.StorageError, ValueError, FileNotFoundError, PermissionError) as error:
         if os.environ.get("SOUNDSHARD_TRACEBACK") or not (isinstance(error, JobError) or _is_ours(error)):
             traceback.print_exc()
         print(f"soundshard {command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, JobError) else 2
+        return 1 if isinstance(error, (JobError, storage.StorageError)) else 2
     return 0
 
 

@@ -157,8 +157,10 @@ def scan(root: AnyPath, *, recursive: bool = True) -> Iterator[Stat]:
 
 def names(root: AnyPath) -> list[str]:
     """The names of the files directly in a folder or prefix, sorted; none if it does not exist."""
-    try:
+    if is_remote(root):
         return sorted(basename(found.path) for found in scan(root, recursive=False))
+    try:
+        return sorted(entry.name for entry in os.scandir(_text(root)) if not entry.is_dir())
     except FileNotFoundError:
         return []
 
@@ -322,11 +324,19 @@ def remove(path: AnyPath) -> None:
 
 def remove_stale(path: AnyPath) -> None:
     """Removes what killed writers of a local `path` left. A living writer holds a lock on its file, which is left alone."""
-    text = _text(path)
-    if is_remote(text) or not os.path.isdir(parent(text)):
+    _sweep(parent(path), re.escape(basename(path)))
+
+
+def sweep(folder: AnyPath) -> None:
+    """The same for all files that were being written directly in a local folder."""
+    _sweep(_text(folder), ".+")
+
+
+def _sweep(folder: str, name: str) -> None:
+    if is_remote(folder) or not os.path.isdir(folder):
         return  # an object store shows nothing of an upload that did not end
-    for entry in os.scandir(parent(text)):
-        if entry.name.startswith(f".{basename(text)}.") and entry.name.endswith(".tmp"):
+    for entry in os.scandir(folder):
+        if re.fullmatch(rf"\.{name}\.[0-9a-f]{{12}}\.tmp", entry.name):
             with contextlib.suppress(FileNotFoundError), open(entry.path, "r+b") as file:
                 if _lock(file):
                     os.unlink(entry.path)

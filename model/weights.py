@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from configs import storage
 from configs.load import JobError, job_main
 
 # --- reading --------------------------------------------------------------------------------------------------------------------------
@@ -55,9 +56,9 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
 
     Reads .safetensors, and what torch.save writes since torch 1.6 (.pt, .pth, .ckpt, .th): the file's own dict of tensors, or the one
     under `state_dict` or `model`, less DistributedDataParallel's `module.` prefix. The tensors of the latter are mapped from the file:
-    leave it in place while they live. Raises ValueError for anything else.
+    leave it in place while they live. A file in an object store is copied to the cache folder first. Raises ValueError for anything else.
     """
-    path = Path(path)
+    path = storage.local_copy(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
@@ -224,7 +225,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[
 
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file's bytes."""
-    return _digest(Path(path), "sha256")
+    return _digest(storage.local_copy(path), "sha256")
 
 
 def _digest(path: Path, algorithm: str) -> str:
@@ -274,7 +275,7 @@ KNOWN: dict[str, Artifact] = {
 
 def cache_dir() -> Path:
     """Where fetched weights live: $SOUNDSHARD_CACHE, or ~/.cache/soundshard."""
-    return Path(os.environ.get("SOUNDSHARD_CACHE") or Path.home() / ".cache" / "soundshard")
+    return storage.cache_dir()
 
 
 def known(name: str) -> Artifact:
@@ -285,7 +286,9 @@ def known(name: str) -> Artifact:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """A weights file from its path, or a published one's name if it is in the cache. Downloads nothing."""
+    """A weights file from its path, or a published one's name if it is in the cache. Downloads only what lies in an object store, into the cache."""
+    if storage.is_remote(name_or_path):
+        return storage.local_copy(name_or_path)
     path = Path(name_or_path)
     if path.is_file():
         return path

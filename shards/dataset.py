@@ -1,19 +1,17 @@
-"""What a dataset is: `dataset.json` with its kind, spec and fingerprint, and how a file of it is replaced without ever being seen half-written.
+"""What a dataset is: `dataset.json` with its kind, spec and fingerprint.
 
-Knows folders, JSON and hashes. Knows nothing of tars, ledgers, models or media: a spec is whatever the writing job says decides the bytes.
+Knows JSON and hashes. Knows nothing of tars, ledgers, models or media: a spec is whatever the writing job says decides the bytes.
 """
 
-import fcntl
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from pathlib import Path
-from typing import BinaryIO
 
+from configs import storage
+
+INFO = "dataset.json"
 SCHEMA_VERSION = 1
 """Version of the format of `dataset.json` and the ledgers. A reader refuses another one."""
 KINDS = ("media", "features")
@@ -64,13 +62,15 @@ def new_info(kind: str, spec: dict, provenance: dict | None = None) -> DatasetIn
 
 def read_info(root: str | os.PathLike) -> DatasetInfo:
     """The `dataset.json` of the dataset at `root`. ValueError if there is none, or if this version cannot read it."""
-    path = Path(root) / "dataset.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{root} is not a dataset: it has no dataset.json; expected a folder written by `soundshard prepare`, `reencode` or `featurise`"
-        )
+    path = storage.join(root, INFO)
     try:
-        fields = json.loads(path.read_bytes())
+        content = storage.read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{root} is not a dataset: it has no {INFO}; expected a folder or prefix written by `soundshard prepare`, `reencode` or `featurise`"
+        ) from None
+    try:
+        fields = json.loads(content)
         version = fields["schema_version"]
         if version != SCHEMA_VERSION:
             raise DatasetMismatch(f"{path} has schema version {version}; this soundshard reads version {SCHEMA_VERSION}: use the one that wrote it")
@@ -81,8 +81,8 @@ def read_info(root: str | os.PathLike) -> DatasetInfo:
 
 def create_or_check(root: str | os.PathLike, info: DatasetInfo) -> None:
     """Writes `dataset.json`, or checks that the one at `root` has the same kind and fingerprint. DatasetMismatch names every field that differs."""
-    path = Path(root) / "dataset.json"
-    if path.exists():
+    path = storage.join(root, INFO)
+    if storage.is_file(path):
         differing = differences(read_info(root), info)
         if differing:
             raise DatasetMismatch(
@@ -90,9 +90,7 @@ def create_or_check(root: str | os.PathLike, info: DatasetInfo) -> None:
                 + "\n".join(f"  {name}: {there!r} there, {here!r} here" for name, there, here in differing)
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(asdict(info), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    storage.write_bytes(path, json.dumps(asdict(info), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def differences(there: DatasetInfo, here: DatasetInfo) -> list[tuple[str, object, object]]:
@@ -112,50 +110,3 @@ def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
             yield from leaves(inner, f"{name}.{key}" if name else key)
     else:
         yield name, value
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` whole or not at all: temporary name in the same folder, fsync, rename.
-
-    An exception removes the temporary file; a killed process leaves it, for `remove_stale` to find.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            _lock(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def remove_stale(path: Path) -> None:
-    """Removes what killed writers of `path` left. A living writer holds a lock on its file, which is left alone."""
-    for entry in os.scandir(path.parent):
-        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
-            with suppress(FileNotFoundError), open(entry.path, "r+b") as file:
-                if _lock(file):
-                    os.unlink(entry.path)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Takes the file's advisory lock, which ends with the process. False where another holds it, or where the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,7 +24,7 @@ class InspectConfig:
     """Options of `soundshard inspect`."""
 
     dataset: str = "???"
-    """Folder of a media or feature dataset."""
+    """Folder or object-store prefix of a media or feature dataset."""
     split: str | None = None
     """Only this split."""
     key: str | None = None
@@ -41,7 +41,8 @@ def run(config: InspectConfig) -> None:
 def overview(index: Index) -> Iterator[str]:
     """The report on a dataset, line by line."""
     info, rows = index.info, index.table
-    sizes = {path.stem: path.stat().st_size for path in index.root.glob("*.tar")}
+    found = ledger.listing(index.root)
+    sizes = found.tars
     yield f"{info.kind} dataset {index.root}"
     yield f"fingerprint {info.fingerprint}, schema version {info.schema_version}"
     yield from ("", "splits", *_table("lrrrrr", _splits(rows, sizes)))
@@ -52,7 +53,7 @@ def overview(index: Index) -> Iterator[str]:
     yield from ("", "shards", *_table("lrrrl", shards[: SHOWN_SHARDS + 1]))
     if len(shards) > SHOWN_SHARDS + 1:
         yield f"  ... and {len(shards) - SHOWN_SHARDS - 1} more"
-    unfinished = sorted(set(sizes) - {path.stem for path in ledger.paths(index.root)})
+    unfinished = sorted(sizes.keys() - found.ledgers.keys())
     if unfinished:
         yield f"  without a ledger, so not finished: {', '.join(unfinished)}; the job writes them again when it is run again"
     for title, values in (("spec", info.spec), ("provenance", info.provenance)):

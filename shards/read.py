@@ -1,24 +1,28 @@
 """Reading by index: the ledgers say where every member lies, so a sample is a view into a mapped tar, with nothing parsed and nothing copied.
+In an object store it is one request for a range of bytes.
 
-Knows the dataset format on a local file system. Knows no order of samples (that is `shards.stream`) and no meaning of a member.
+Knows the dataset format. Knows no order of samples (that is `shards.stream`) and no meaning of a member.
 """
 
 import builtins
 import hashlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from configs import storage
 from shards import ledger
 from shards.dataset import DatasetInfo, DatasetMismatch, read_info
 
+log = logging.getLogger(__name__)
 MAX_MAPPED = 256
 """Shards kept mapped at a time: each holds a file descriptor, of which a process commonly has 1,024. A view keeps its own map alive."""
 
@@ -52,7 +56,7 @@ class Index:
     Rows are numbered from 0 over the good samples. Can be pickled: maps are opened anew where it arrives.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table) -> None:
+    def __init__(self, root: str, info: DatasetInfo, table: pa.Table) -> None:
         self.root, self.info, self.table = root, info, table
         good = table.filter(pc.field("status") == "ok").combine_chunks()
         self.ok, self.failed = good.num_rows, table.num_rows - good.num_rows
@@ -62,6 +66,7 @@ class Index:
         self.shard_of: np.ndarray = encoded.indices.to_numpy()
         self.members = {extension: _members(good, extension) for extension in ledger.extensions(good)}
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._told = False
 
     @classmethod
     def open(cls, root: str | os.PathLike, split: str | None = None, *, kind: str | None = None, fingerprint: str | None = None) -> "Index":
@@ -69,7 +74,7 @@ class Index:
 
         `kind` and `fingerprint` are what the caller expects; another one raises DatasetMismatch.
         """
-        root = Path(root)
+        root = os.fspath(root)
         info = read_info(root)
         if kind is not None and info.kind != kind:
             raise DatasetMismatch(f"{root} is a {info.kind} dataset; expected a {kind} dataset")
@@ -105,20 +110,28 @@ class Index:
         return found
 
     def member(self, row: int, extension: str) -> np.ndarray:
-        """The npy member of a sample as a read-only view into the mapped tar."""
+        """The npy member of a sample as a read-only view: into the mapped tar, or of what one request to an object store brought."""
         members = self._members_of(row, extension)
         if not isinstance(members, ArrayMembers):
             raise ValueError(f"member {extension!r} is no npy array; read it with Index.bytes")
-        return np.ndarray(tuple(members.shape[row]), members.dtype, buffer=self.mapped(int(self.shard_of[row])), offset=int(members.data_offset[row]))
+        shape, start = tuple(members.shape[row]), int(members.data_offset[row])
+        if storage.is_remote(self.root):
+            data = self._range(row, start, int(members.offset[row] + members.size[row]))
+            return np.ndarray(shape, members.dtype, buffer=data)
+        return np.ndarray(shape, members.dtype, buffer=self.mapped(int(self.shard_of[row])), offset=start)
 
     def mapped(self, shard: int) -> np.ndarray:
-        """The bytes of the shard with this number, mapped, not read."""
+        """The bytes of the shard with this number, mapped, not read. A shard in an object store is copied to the cache folder first, whole."""
         found = self._maps.get(shard)
         if found is None:
-            path = self.root / f"{self.shards[shard]}.tar"
-            if not path.is_file():
-                raise ValueError(f"{path} is missing, though its ledger is there: copy it back, or remove the ledger and run the job again")
-            found = np.memmap(path, mode="r", dtype=np.uint8)
+            path = self._tar(shard)
+            if storage.is_remote(path) and not self._told:
+                log.warning("%s: reading samples in bulk from object storage copies its shards to %s", self.root, storage.cache_dir() / "objects")
+                self._told = True
+            try:
+                found = np.memmap(storage.local_copy(path), mode="r", dtype=np.uint8)
+            except FileNotFoundError as error:
+                raise self._missing(path) from error
             if found.size < self._ends[shard]:
                 raise ValueError(
                     f"{path} has {found.size} bytes, and its ledger leads to byte {self._ends[shard]}: the file is cut short or not its own"
@@ -127,6 +140,23 @@ class Index:
             if len(self._maps) > MAX_MAPPED:
                 self._maps.popitem(last=False)
         return found
+
+    def _tar(self, shard: int) -> str:
+        return storage.join(self.root, f"{self.shards[shard]}.tar")
+
+    def _missing(self, path: str) -> ValueError:
+        return ValueError(f"{path} is missing, though its ledger is there: copy it back, or remove the ledger and run the job again")
+
+    def _range(self, row: int, start: int, end: int) -> builtins.bytes:
+        """Bytes of the tar of a row, from an object store."""
+        path = self._tar(int(self.shard_of[row]))
+        try:
+            data = storage.read_bytes(path, start, end)
+        except FileNotFoundError as error:
+            raise self._missing(path) from error
+        if len(data) < end - start:
+            raise ValueError(f"{path} ends before byte {end}, to which its ledger leads: the file is cut short or not its own")
+        return data
 
     @cached_property
     def content(self) -> str:
@@ -158,22 +188,45 @@ class Index:
     def bytes(self, row: int, extension: str) -> builtins.bytes:
         """The payload of any member of a sample, copied."""
         members = self._members_of(row, extension)
-        start = int(members.offset[row])
-        return self.mapped(int(self.shard_of[row]))[start : start + int(members.size[row])].tobytes()
+        start, end = int(members.offset[row]), int(members.offset[row] + members.size[row])
+        if storage.is_remote(self.root):
+            return self._range(row, start, end)
+        return self.mapped(int(self.shard_of[row]))[start:end].tobytes()
 
 
-def _load(root: Path, fingerprint: str) -> pa.Table:
-    paths, manifest = ledger.paths(root), root / ledger.MANIFEST
-    if manifest.is_file():
-        written = manifest.stat().st_mtime_ns
-        if all(path.stat().st_mtime_ns <= written for path in paths):
-            table = ledger.read(manifest, fingerprint=fingerprint)
-            if not paths or set(table["shard"].unique().to_pylist()) == {path.stem for path in paths}:
-                return table
-    return ledger.merge([ledger.read(path, fingerprint=fingerprint) for path in paths], fingerprint)
+@dataclass(frozen=True)
+class FailedClip:
+    """A ledger row of an input that failed."""
+
+    shard: str
+    key: str
+    source: str
+    reason: str
 
 
-def _check_keys(root: Path, table: pa.Table) -> None:
+def failed_clips(root: str | os.PathLike) -> Iterator[FailedClip]:
+    """The failed inputs of all committed shards, in ledger order, a few ledgers' rows in memory at a time."""
+    fingerprint, found = read_info(root).fingerprint, ledger.listing(root)
+    manifest = ledger.open_manifest(root, found, fingerprint)
+    columns = ["shard", "key", "source", "reason", "status"]
+    tables = ledger.read_ahead(root, found.ledgers, fingerprint) if manifest is None else map(pa.Table.from_batches, _each(manifest, columns))
+    for table in tables:
+        for row in table.select(columns).filter(pc.field("status") == "failed").to_pylist():
+            yield FailedClip(row["shard"], row["key"], row["source"], row["reason"])
+
+
+def _each(manifest: pq.ParquetFile, columns: list[str]) -> Iterator[list[pa.RecordBatch]]:
+    for batch in manifest.iter_batches(columns=columns, use_threads=False):
+        yield [batch]
+
+
+def _load(root: str, fingerprint: str) -> pa.Table:
+    found = ledger.listing(root)
+    manifest = ledger.open_manifest(root, found, fingerprint)
+    return ledger.merge(list(ledger.read_ahead(root, found.ledgers, fingerprint)), fingerprint) if manifest is None else manifest.read()
+
+
+def _check_keys(root: str, table: pa.Table) -> None:
     good = table.filter(pc.field("status") == "ok")
     if len(good["key"].unique()) < good.num_rows:
         twice = next(count["values"] for count in good["key"].value_counts().to_pylist() if count["counts"] > 1)

@@ -9,7 +9,8 @@ a batch that straddles an epoch's end holds the last samples of one epoch and th
 A global batch of B is the next B numbers; rank r of W takes every W-th of them from the r-th, which are whole lanes. So global batches are equal on
 any W that divides L and B, and the state is one integer, the samples consumed.
 
-Knows tensors, the segment clock and the dataset format on a local file system. Knows no trainer, no model and no processes.
+Knows tensors, the segment clock and the dataset format; shards in an object store are copied to the cache folder as they are needed. Knows no
+trainer, no model and no processes.
 """
 
 import math

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shards.dataset import DatasetInfo, DatasetMismatch, create_or_check, fingerprint, json_bytes, new_info, read_info, remove_stale, replacing
+from shards.dataset import DatasetInfo, DatasetMismatch, create_or_check, fingerprint, json_bytes, new_info, read_info
 
 SPEC = {"hop_frames": 8, "tower": {"precision": "fp32", "weights_sha256": "aa"}, "views": 1}
 
@@ -60,18 +60,3 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         read_info(tmp_path / "a")
     with pytest.raises(ValueError, match="expected one of media, features"):
         DatasetInfo("sound", 1, SPEC, fingerprint(SPEC))
-
-
-def test_replacing_is_all_or_nothing(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(TypeError), replacing(path) as file:
-        file.write("not bytes")  # type: ignore[arg-type] - the error that interrupts the writing
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    (tmp_path / ".file.0123.tmp").write_bytes(b"left by a killed process")
-    (tmp_path / ".file2.0123.tmp").write_bytes(b"another file's")
-    with replacing(path) as file:
-        remove_stale(path)
-        file.write(b"new")
-    assert path.read_bytes() == b"new"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".file2.0123.tmp", "file"]

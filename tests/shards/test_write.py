@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ import webdataset
 
 from shards import ledger
 from shards.dataset import create_or_check, new_info
-from shards.write import Entry, Outcome, check_key, json_bytes, npy_bytes, read_outcome, safe_key, shard_done, write_manifest, write_shard
+from shards.write import Entry, Outcome, Totals, check_key, json_bytes, npy_bytes, read_outcome, safe_key, shard_done, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_all_failed_and_empty_shards_are_valid(root):
         if tar := shutil.which("tar"):
             assert subprocess.run([tar, "tf", root / f"{name}.tar"], check=True, capture_output=True).stdout == b""
     write_shard(root, "train-000002", [good(3)])
-    assert [outcome.ok for outcome in write_manifest(root)] == [0, 0, 1]
+    assert write_manifest(root) == Totals(3, 1, 2, Counter(truncated=2), sum(path.stat().st_size for path in root.glob("*.tar")))
     merged = pq.read_table(root / "manifest.parquet")
     assert merged.num_rows == 3 and merged["avclip.npy.offset"].to_pylist() == [None, None, 512]
 
@@ -132,8 +133,8 @@ def test_manifest_is_the_ledgers_sorted_by_shard(root):
     media = Entry("m", "train", None, "m.mp4", members={"mp4": b"\0" * 513, "json": b"{}"})
     write_shard(root, "train-000001", [media])
     write_shard(root, "train-000000", [good(2)])
-    outcomes = write_manifest(root)
-    assert [(o.shard, o.ok, o.failed) for o in outcomes] == [("train-000000", 1, 0), ("train-000001", 1, 0), ("val-000000", 1, 1)]
+    found = write_manifest(root)
+    assert (found.shards, found.ok, found.failed, found.reasons) == (3, 3, 1, {"truncated": 1})
     merged = pq.read_table(root / "manifest.parquet")
     assert merged["key"].to_pylist() == ["-clip_2", "m", "-clip_1", "clip.1"]
     assert ledger.extensions(merged) == ["avclip.npy", "encodec24.npy", "json", "mp4"]
@@ -173,7 +174,7 @@ def test_a_crash_between_tar_and_ledger_is_not_a_commit(root, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write_shard(root, "train-000000", [good(5)])
     assert (root / "train-000000.tar").is_file() and not shard_done(root, "train-000000")  # the old ledger would describe the wrong tar
-    (root / ".train-000000.tar.0123.tmp").write_bytes(b"left by a kill")
+    (root / ".train-000000.tar.0123456789ab.tmp").write_bytes(b"left by a kill")
     write_shard(root, "train-000000", [good(1), good(3)])
     assert {path.name: sha256(path) for path in root.iterdir()} == kept
 
