@@ -75,6 +75,11 @@ def join(root: AnyPath, *names: str) -> str:
     return posixpath.join(_text(root), *names)
 
 
+def absolute(path: AnyPath) -> str:
+    """A path that means the same in another working directory, such as a worker's: a local one made absolute."""
+    return _text(path) if is_remote(path) else os.path.abspath(path)
+
+
 def basename(path: AnyPath) -> str:
     """The last name of a path; the bucket's for a bucket."""
     return _text(path).rstrip("/").rpartition("/")[2]
@@ -539,4 +544,4 @@ def _cause(error: BaseException) -> str:
     """The first line of obstore's message, and the store's own words where it sent any."""
     text = str(error).partition("\n\nDebug source")[0]
     said = re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)</Message>", text, re.DOTALL)
-    return text.partition("<?xml")[0].strip().rstrip(":") + (f" ({said[1]}: {said[2]})" if said else "")
+    return re.split(r"<\?xml|<Error>", text)[0].strip().rstrip(":") + (f" ({said[1]}: {said[2]})" if said else "")

@@ -4,10 +4,11 @@ Knows no Ray and no shards; `pipeline.featurise` and `pipeline.generate` run it.
 order in which they went in, and which segments share a batch follows from that order alone.
 """
 
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -128,6 +129,32 @@ class Featuriser:
         self.tower: VisualTower | MotionTower = load_tower(options.tower.weights, device=self.device)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.tower) if options.tower.compile else self.tower
         self.codec: Codec | None = open_codec(options.codec).to(self.device) if with_codec else None
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Time that decoding (summed over its threads), tower and codec were busy since `take_seconds` was last called."""
+        self._timed: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def take_seconds(self) -> dict[str, float]:
+        """Busy seconds by kind of work since the last call: decode, tower, codec."""
+        while self._timed:
+            work, begin, end = self._timed.popleft()
+            end.synchronize()
+            self.seconds[work] += begin.elapsed_time(end) / 1000
+        taken, self.seconds = dict(self.seconds), defaultdict(float)
+        return taken
+
+    @contextmanager
+    def _busy(self, work: str) -> Iterator[None]:
+        """Count the time of the device: on a GPU between two events of its stream, since the calls return before the work is done."""
+        if self.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._timed.append((work, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.seconds[work] += time.perf_counter() - started
 
     def decode_rates(self) -> tuple[int, int] | None:
         """(sample rate in Hz, channels) that the codec wants, or None without one."""
@@ -138,7 +165,15 @@ class Featuriser:
         size, batch_segments = self.tower.config.image_size, self.options.tower.batch_segments
         queue: deque[_Open[T] | tuple[T, MediaError]] = deque()
         pending: deque[tuple[_Open[T], int, int]] = deque()
-        for item, decoded in ahead(items, decode, threads=self.options.decode_threads, limit=self.options.decode_ahead):
+
+        def timed(item: T) -> Decoded:
+            started = time.perf_counter()
+            try:
+                return decode(item)
+            finally:
+                self.seconds["decode"] += time.perf_counter() - started
+
+        for item, decoded in ahead(items, timed, threads=self.options.decode_threads, limit=self.options.decode_ahead):
             if isinstance(decoded, MediaError):
                 queue.append((item, decoded))
             else:
@@ -184,7 +219,7 @@ class Featuriser:
             row[:] = clip.crops[view].apply(clip.decoded.frames[start : start + SEGMENT_FRAMES])
         precision = DTYPES[self.options.tower.precision]
         autocast = nullcontext() if precision == torch.float32 else torch.autocast(self.device.type, precision)
-        with autocast:
+        with autocast, self._busy("tower"):
             tokens = self._forward(normalise(pixels.to(self.device, non_blocking=True)).unsqueeze(1))[:, 0]
         for (clip, _, _), features in zip(batch, tokens, strict=True):
             clip.rows.append(features)
@@ -194,7 +229,8 @@ class Featuriser:
     def _encode(self, sound: np.ndarray | None) -> UInt16[np.ndarray, "codebooks steps"] | None:
         if self.codec is None or sound is None:
             return None
-        codes = self.codec.encode(torch.from_numpy(np.ascontiguousarray(sound)).to(self.device).unsqueeze(0))
+        with self._busy("codec"):
+            codes = self.codec.encode(torch.from_numpy(np.ascontiguousarray(sound)).to(self.device).unsqueeze(0))
         return codes[0].to("cpu").numpy().astype(np.uint16)
 
 

@@ -1,23 +1,30 @@
 """`soundshard featurise`: media shards -> feature shards. Each media clip is decoded once; what runs on it is `pipeline.features`' matter."""
 
-import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import encodec
 import ray
 import torch
 
+from configs import storage
 from configs.load import job_main
 from pipeline.discover import Clip
 from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, TowerOptions, find_weights, networks_spec
+from pipeline.isolate import call
+from pipeline.job import JobOptions, Summary, carry_out, finish, open_dataset, settle_plan
 from pipeline.media import MediaError, decode
-from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, inputs_sha256, run_shards
-from pipeline.reencode import JobOptions, media_libraries
-from shards.dataset import DatasetInfo, json_bytes, new_info
+from pipeline.plan import media_plans
+from pipeline.progress import Tick
+from pipeline.ray_loop import Cluster, Stage, cluster
+from pipeline.reencode import limits_of, media_libraries, tick_of
+from pipeline.report import StageReport
+from pipeline.workers import Actors, Payload, UnitActor, failed_entry
+from shards.dataset import DatasetInfo, json_bytes, new_info, read_info
 from shards.read import Index
-from shards.write import Entry, Outcome, write_shard
+from shards.write import Entry
 
 
 @dataclass(frozen=True)
@@ -38,36 +45,32 @@ class FeaturiseConfig(FeaturiseOptions, JobOptions):
     """Options of `soundshard featurise`."""
 
     data: str = "???"
-    """Folder of the media dataset."""
+    """The media dataset: a folder or a prefix in an object store."""
     out: str = "???"
-    """Folder of the feature dataset."""
+    """The feature dataset: a folder or a prefix in an object store."""
 
 
 def run(config: FeaturiseConfig) -> Summary:
     """Run the visual tower and the codec over media shards: features and tokens, one ledger row per row of the media dataset."""
     find_weights(config)
-    media = Index.open(config.data, kind="media")
-    plans = plans_of(media)  # feature shard N holds the clips of media shard N
-    with cluster(config.ray):
-        config = replace(config, tower=settle_device(config.tower))
-        info = feature_info(config, {"media_fingerprint": media.info.fingerprint}, plans)
-        pool = actor_pool(FeaturiseActor, config)
-        summary = run_shards(  # a few clips per call of an actor, one write per shard
-            config.out, info, plans, lambda plan, ticker: submit(plan, ticker, pool, config), in_flight=config.in_flight, stage="featurise"
-        )
-    finish(summary, stage="featurise", out=config.out, max_failed_fraction=config.max_failed_fraction)
+    with cluster(config.ray) as ray_cluster:
+        summary, report = run_stage(config, ray_cluster)
+    finish(summary, [report] if report else [], stage="featurise", out=config.out, max_failed_fraction=config.max_failed_fraction)
     return summary
 
 
-def plans_of(media: Index) -> list[ShardPlan]:
-    """The media dataset's own cut into shards, failed rows included."""
-    shards: dict[str, list[Clip]] = {}
-    for row in media.rows():
-        shards.setdefault(row["shard"], []).append(Clip(row["key"], row["source"], row["split"], row["label"], row["reason"], row["message"]))
-    return [ShardPlan(name, clips[0].split, tuple(clips)) for name, clips in sorted(shards.items())]
+def run_stage(config: FeaturiseConfig, ray_cluster: Cluster) -> tuple[Summary, StageReport | None]:
+    """The job without its last words."""
+    data, out = storage.absolute(config.data), storage.absolute(config.out)
+    media = read_info(data)
+    config = replace(config, data=data, out=out, tower=settle_device(config.tower, out, ray_cluster))
+    open_dataset(out, feature_info(config, {"media_fingerprint": media.fingerprint}), overwrite=config.overwrite)
+    plan = settle_plan(out, media_plans, data, config=config, derived=True)  # feature shard N holds the clips of media shard N
+    stage = Stage("featurise", (out,), config.chunk_clips, lambda: actor_pool(FeaturiseActor, config), networks=True, device=config.tower.device)
+    return carry_out(stage, plan, config, ray_cluster)
 
 
-def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPlan]) -> DatasetInfo:
+def feature_info(options: FeatureOptions, source: dict) -> DatasetInfo:
     """dataset.json of the feature dataset: networks, their weights and arithmetic, and what the features were made from decide the bytes."""
     libraries = {**media_libraries(), "torch": torch.__version__, "encodec": encodec.__version__}
     spec = {**networks_spec(options), **source, "libraries": libraries}
@@ -76,53 +79,37 @@ def feature_info(options: FeatureOptions, source: dict, plans: Sequence[ShardPla
         "tower": {"path": str(tower.resolve()), "sha256": spec["tower"]["weights_sha256"]},
         "codec": {"path": str(codec.resolve()), "sha256": spec["codec"]["weights_sha256"]},
     }
-    inputs = {"clips": sum(len(plan.clips) for plan in plans), "sha256": inputs_sha256(plans)}
-    return new_info("features", spec, {"weights": weights, "inputs": inputs})
+    return new_info("features", spec, {"weights": weights})
 
 
-def submit(plan: ShardPlan, ticker: Actor, pool: "ActorPool", config: FeaturiseConfig) -> ray.ObjectRef:
-    """Start the calls for a shard's clips and the task that writes them."""
-    chunks = [pool.call("chunk", chunk, ticker) for chunk in chunks_of(plan.clips, config.chunk_clips)]
-    return ray.remote(write_task).options(num_cpus=0, max_retries=10).remote(config.out, plan.name, chunks)
-
-
-def chunks_of(clips: Sequence[Clip], size: int) -> list[Sequence[Clip]]:
-    """The clips in groups of `size`, the last one smaller."""
-    return [clips[start : start + size] for start in range(0, len(clips), size)]
-
-
-def write_task(root: str, name: str, chunks: list[ray.ObjectRef]) -> Outcome:
-    """Write the shard as its chunks come in. Repeating it after a fault writes the same bytes."""
-    return write_shard(root, name, (entry for chunk in chunks for entry in ray.get(chunk)))
-
-
-class FeaturiseActor:
+class FeaturiseActor(UnitActor):
     """A process that holds the networks and turns clips of the media dataset into entries of the feature dataset."""
 
     def __init__(self, config: FeaturiseConfig) -> None:
         self._featuriser = Featuriser(config)
-        self._media = Index.open(config.data, kind="media")
+        self._data, self._limits = config.data, limits_of(config)
+        self._media: Index | None = None
+        self._shard = ""
 
-    def chunk(self, clips: Sequence[Clip], ticker: Actor) -> list[Entry]:
-        """Featurise a few clips, in order."""
-        entries = []
-        for clip, features in self._featuriser.run(clips, self._decode):
-            ticker.tick.remote(1, int(isinstance(features, MediaError)))
-            entries.append(feature_entry(clip, features, self._featuriser))
-        return entries
+    def unit(self, shard: str, clips: Sequence[Clip]) -> tuple[Tick, Payload]:
+        """Featurise a few clips of a media shard, in order."""
+        if self._media is None or shard != self._shard:  # one shard's ledger, not the data set's: a million rows would be large in every process
+            self._media, self._shard = Index.of_shard(self._data, shard), shard
+        entries = [feature_entry(clip, features, self._featuriser) for clip, features in self._featuriser.run(clips, self._decode)]
+        return tick_of(entries, self._featuriser.take_seconds()), (entries,)
 
     def _decode(self, clip: Clip) -> Decoded:
-        if clip.reason:
-            raise MediaError(clip.reason, clip.message or "")
+        assert self._media is not None
         rate, channels = self._featuriser.decode_rates() or (0, 0)
-        decoded = decode(self._media.bytes(self._media.row(clip.key), "mp4"), sample_rate_hz=rate, channels=channels)
+        stored = self._media.bytes(self._media.row(clip.key), "mp4")
+        decoded = call(partial(decode, sample_rate_hz=rate, channels=channels), stored, limits=self._limits)
         return Decoded(decoded.frames, decoded.audio)
 
 
 def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featuriser) -> Entry:
     """The ledger row and, for a good clip, the members `KEY.avclip.npy`, `KEY.<codec>.npy` and `KEY.json`."""
     if isinstance(features, MediaError):
-        return Entry(clip.key, clip.split, clip.label, clip.source, reason=features.reason, message=features.message)
+        return failed_entry(clip, features.reason, features.message)
     assert featuriser.codec is not None and features.codes is not None
     described = {
         "key": clip.key,
@@ -137,38 +124,34 @@ def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featu
     return Entry(clip.key, clip.split, clip.label, clip.source, features.frames / 25, members)
 
 
-class ActorPool:
-    """Actors that take calls in turn. A call that dies with its actor is repeated on the restarted one."""
-
-    def __init__(self, actors: Sequence[Actor]) -> None:
-        self._turns = itertools.cycle(actors)
-
-    def call(self, method: str, *arguments: object) -> ray.ObjectRef:
-        """Call `method` on the actor whose turn it is."""
-        return getattr(next(self._turns), method).remote(*arguments)
-
-
-def settle_device(tower: TowerOptions) -> TowerOptions:
-    """The options with `device=auto` decided by what the cluster has, which the driver's own machine need not have."""
+def settle_device(tower: TowerOptions, out: str, ray_cluster: Cluster) -> TowerOptions:
+    """The options with `device=auto` decided: as the dataset in `out` was begun, else by what the cluster has."""
     if tower.device != "auto":
         return tower
-    return replace(tower, device="cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
+    if storage.is_file(storage.join(out, "dataset.json")):
+        return replace(tower, device=read_info(out).spec["tower"]["device"])
+    ray_cluster.start()
+    return replace(tower, device=cluster_device())
 
 
-def actor_pool(actor_class: type, config: FeaturiseOptions, *arguments: str) -> ActorPool:
+def cluster_device() -> str:
+    """`cuda` if the cluster, which the driver's own machine may be the least of, has a GPU."""
+    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+
+
+def actor_pool(actor_class: type[UnitActor], config: FeaturiseOptions) -> Actors:
     """Start the processes that hold the networks: as many as asked for, else as many as the cluster has devices for."""
     on_gpu = config.tower.device.startswith("cuda")
     resources = ray.cluster_resources()
     count = config.actors or max(1, int(resources.get("GPU", 1)) if on_gpu else int(resources.get("CPU", 1)) // config.tower.threads)
-    remote = ray.remote(actor_class).options(
+    return Actors(
+        actor_class,
+        config,
+        count=count,
         num_gpus=1 if on_gpu else 0,
         num_cpus=config.decode_threads if on_gpu else config.tower.threads,
-        # On a GPU a second call decodes its first clips while the one before it computes its last batches.
-        max_concurrency=2 if on_gpu else 1,
-        max_restarts=-1,
-        max_task_retries=2,
+        calls=2 if on_gpu else 1,
     )
-    return ActorPool([remote.remote(config, *arguments) for _ in range(count)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

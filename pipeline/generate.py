@@ -25,7 +25,7 @@ from model.run_folder import RunConfig, read_config, read_run_folder
 from model.weights import resolve, sha256_file
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import DTYPES, CodecOptions, Decoded, FeatureOptions, Featuriser, TowerOptions, open_codec
-from pipeline.featurise import settle_device
+from pipeline.featurise import cluster_device
 from pipeline.media import MediaError, decode_video, mux, write_wav
 from pipeline.ray_loop import RayConfig, cluster
 from shards.dataset import fingerprint
@@ -94,7 +94,8 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     todo = [clip for clip in clips if not _is_done(out, clip, job)]
     print(f"generate: {len(clips) - len(todo)} videos done, {len(todo)} to do", flush=True)
     if todo:
-        with cluster(config.ray):
+        with cluster(config.ray) as ray_cluster:
+            ray_cluster.start()
             _generate_all(config, job, todo)
     rows = [json.loads(_row_path(out, clip).read_text()) for clip in clips]
     write_table(out / "ledger.parquet", rows)
@@ -110,7 +111,8 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
 
 def _generate_all(config: GenerateConfig, job: Job, todo: list[Clip]) -> None:
     """Deal batches of videos to the processes that hold the networks."""
-    config = replace(config, tower=settle_device(config.tower))
+    if config.tower.device == "auto":
+        config = replace(config, tower=replace(config.tower, device=cluster_device()))
     batches = [todo[start : start + config.batch_clips] for start in range(0, len(todo), config.batch_clips)]
     on_gpu = config.tower.device.startswith("cuda")
     remote = ray.remote(Generator).options(num_gpus=int(on_gpu), num_cpus=1 if on_gpu else config.tower.threads, max_restarts=2, max_task_retries=2)

@@ -1,5 +1,7 @@
-"""Media in and out, in one place to import from: `decode.py` reads clips onto their clock, `encode.py` writes them."""
+"""Media in and out, in one place to import from: `decode.py` reads clips onto their clock, `encode.py` writes them, storage hands them over."""
 
+from configs import storage
+from configs.storage import StorageError
 from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip
 from pipeline.encode import EncodeConfig, EncodedClip, Muxed, mux, reencode, write_wav
 
@@ -13,8 +15,21 @@ __all__ = [
     "decode",
     "decode_audio",
     "decode_video",
+    "fetched",
     "mux",
     "open_clip",
     "reencode",
     "write_wav",
 ]
+
+
+def fetched(source: str) -> str | bytes:
+    """A clip's source as the decoder takes it: a local path as it is, an object's bytes. Raises MediaError (`missing`, or `io` if storage fails)."""
+    if not storage.is_remote(source):
+        return source
+    try:
+        return storage.read_bytes(source)
+    except FileNotFoundError as error:
+        raise MediaError("missing", f"{source} is not there") from error
+    except StorageError as error:
+        raise MediaError("io", str(error)) from error

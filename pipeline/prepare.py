@@ -4,32 +4,34 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import TypeVar
 
 import av
 import numpy as np
-import ray
 
+from configs import storage
 from configs.load import job_main
 from pipeline import featurise, reencode
 from pipeline.decode import channel_layout
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import Decoded, Featuriser, find_weights
+from pipeline.job import JobOptions, Summary, carry_out, finish, open_dataset, settle_plan
 from pipeline.media import MediaError
-from pipeline.ray_loop import Actor, ShardPlan, Summary, cluster, finish, plan_shards, run_shards
-from shards.dataset import create_or_check
-from shards.write import Entry, Outcome, write_manifest, write_shard
+from pipeline.progress import Tick
+from pipeline.ray_loop import Cluster, Stage, cluster
+from pipeline.report import StageReport
+from pipeline.workers import Payload, UnitActor
+from shards.write import Entry
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PrepareConfig(featurise.FeaturiseOptions, reencode.MediaOptions, reencode.JobOptions, DiscoverConfig):
+class PrepareConfig(featurise.FeaturiseOptions, reencode.MediaOptions, JobOptions, DiscoverConfig):
     """Options of `soundshard prepare`: those of both stages."""
 
     out: str = "???"
-    """Folder for both datasets: OUT/media and OUT/features."""
+    """Where both datasets go, OUT/media and OUT/features: a folder or a prefix in an object store."""
     fused: bool = False
     """Featurise the pictures that are about to be encoded, without decoding them a second time. The features then differ slightly from those of
     the stored clips, and so does the fingerprint."""
@@ -38,12 +40,18 @@ class PrepareConfig(featurise.FeaturiseOptions, reencode.MediaOptions, reencode.
 def run(config: PrepareConfig) -> Summary:
     """Prepare clips for training: re-encode into OUT/media, featurise into OUT/features."""
     find_weights(config)
-    media, features = str(Path(config.out) / "media"), str(Path(config.out) / "features")
-    if config.fused:
-        return _run_fused(config, media, features)
-    with cluster(config.ray):
-        reencode.run(_options(reencode.ReencodeConfig, config, out=media))
-        return featurise.run(_options(featurise.FeaturiseConfig, config, data=media, out=features))
+    out = storage.absolute(config.out)
+    media, features = storage.join(out, "media"), storage.join(out, "features")
+    with cluster(config.ray) as ray_cluster:
+        if config.fused:
+            summary, *reports = _run_fused(config, media, features, ray_cluster)
+        else:
+            first, one = reencode.run_stage(_options(reencode.ReencodeConfig, config, out=media), ray_cluster)
+            print(f"reencode: {first.text()} -> {media}", flush=True)
+            summary, two = featurise.run_stage(_options(featurise.FeaturiseConfig, config, data=media, out=features), ray_cluster)
+            reports = [one, two]
+    finish(summary, [report for report in reports if report], stage="prepare", out=out, max_failed_fraction=config.max_failed_fraction)
+    return summary
 
 
 def _options(schema: type[T], config: PrepareConfig, **own: str) -> T:
@@ -51,61 +59,52 @@ def _options(schema: type[T], config: PrepareConfig, **own: str) -> T:
     return schema(**{**shared, **own})
 
 
-def _run_fused(config: PrepareConfig, media: str, features: str) -> Summary:
-    plans = plan_shards(discover(config), config.clips_per_shard)
-    media_info = reencode.media_info(config, plans)
-    with cluster(config.ray):
-        config = replace(config, tower=featurise.settle_device(config.tower))
-        info = featurise.feature_info(config, {"media_fingerprint": media_info.fingerprint, "fused": True}, plans)
-        create_or_check(media, media_info)
-        pool = featurise.actor_pool(FusedActor, config)
-
-        def submit(plan: ShardPlan, ticker: Actor) -> ray.ObjectRef:
-            chunks = [pool.call("chunk", chunk, ticker) for chunk in featurise.chunks_of(plan.clips, config.chunk_clips)]
-            return ray.remote(write_both).options(num_cpus=0, max_retries=10).remote(media, features, plan.name, chunks)
-
-        summary = run_shards(features, info, plans, submit, in_flight=config.in_flight, stage="prepare")
-    write_manifest(media)
-    finish(summary, stage="prepare", out=config.out, max_failed_fraction=config.max_failed_fraction)
-    return summary
-
-
-def write_both(media: str, features: str, name: str, chunks: list[ray.ObjectRef]) -> Outcome:
-    """Write the shard of both datasets; the media shard is committed first, so the feature shard stands for both."""
-    write_shard(media, name, (entry for chunk in chunks for entry in ray.get(chunk)[0]))
-    return write_shard(features, name, (entry for chunk in chunks for entry in ray.get(chunk)[1]))
+def _run_fused(config: PrepareConfig, media: str, features: str, ray_cluster: Cluster) -> tuple[Summary, StageReport | None]:
+    config = replace(config, tower=featurise.settle_device(config.tower, features, ray_cluster))
+    media_info = reencode.media_info(config)
+    open_dataset(media, media_info, overwrite=config.overwrite)
+    info = featurise.feature_info(config, {"media_fingerprint": media_info.fingerprint, "fused": True})
+    open_dataset(features, info, overwrite=config.overwrite)
+    settle_plan(media, discover, config, config=config, clips_per_shard=config.clips_per_shard)
+    plan = settle_plan(features, discover, config, config=config, clips_per_shard=config.clips_per_shard)
+    # The media shard is committed first, so the feature shard stands for both.
+    stage = Stage(
+        "prepare",
+        (media, features),
+        config.chunk_clips,
+        lambda: featurise.actor_pool(FusedActor, config),
+        networks=True,
+        device=config.tower.device,
+    )
+    return carry_out(stage, plan, config, ray_cluster)
 
 
-class FusedActor:
+class FusedActor(UnitActor):
     """A process that re-encodes clips and featurises the same pictures while it has them."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self._featuriser = Featuriser(config)
 
-    def chunk(self, clips: Sequence[Clip], ticker: Actor) -> tuple[list[Entry], list[Entry]]:
+    def unit(self, shard: str, clips: Sequence[Clip]) -> tuple[Tick, Payload]:
         """Media entries and feature entries of a few clips, in order."""
+        del shard
         media: dict[Clip, Entry] = {}  # not by source, which a list may name twice
         features = []
 
         def decode(clip: Clip) -> Decoded:
             """In a decoding thread: encode the clip and hand its pictures and sound on."""
-            encoded = reencode.Encoded(None, clip.reason, clip.message)
-            if not clip.reason:
-                encoded = reencode.encode_clip(clip, self._config.encode, keep_frames=True)
+            encoded = reencode.encode_clip(clip, self._config.encode, reencode.limits_of(self._config), keep_frames=True)
             media[clip] = reencode.media_entry(clip, encoded)
-            if encoded.clip is None:
-                assert encoded.reason is not None
-                raise MediaError(encoded.reason, encoded.message or "")
-            pictures, audio = encoded.clip.pictures, encoded.clip.audio
-            assert pictures is not None and audio is not None
+            if isinstance(encoded, MediaError):
+                raise encoded
+            assert encoded.pictures is not None and encoded.audio is not None
             rate, channels = self._featuriser.decode_rates() or (0, 0)
-            return Decoded(pictures, resampled(audio, encoded.clip.sample_rate_hz, rate, channels))
+            return Decoded(encoded.pictures, resampled(encoded.audio, encoded.sample_rate_hz, rate, channels))
 
         for clip, found in self._featuriser.run(clips, decode):
-            ticker.tick.remote(1, int(isinstance(found, MediaError)))
             features.append(featurise.feature_entry(clip, found, self._featuriser))
-        return [media[clip] for clip in clips], features
+        return reencode.tick_of(features, self._featuriser.take_seconds()), ([media[clip] for clip in clips], features)
 
 
 def resampled(audio: np.ndarray, from_hz: int, to_hz: int, channels: int) -> np.ndarray:

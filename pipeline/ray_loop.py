@@ -1,27 +1,33 @@
-"""The one Ray loop: a plan of shards in, outcomes out. The shard is the unit of work and of commit.
+"""The one Ray loop: a plan of shards in, committed shards out. The shard is the unit of commit, a few clips are the unit of work.
 
-Plain Ray Core: a stage submits the work of one shard and the loop keeps a bounded number of shards in flight, so the driver holds no clip's bytes
-and its memory does not grow with the data set. Knows neither media nor networks.
+Plain Ray Core: the driver keeps a bounded number of shards open, starts their units, and starts the write of a shard when its units are back.
+Clips' bytes go from worker to worker, never through the driver, whose memory does not grow with the data set. Whatever is lost with a process
+or a node is done again. Knows neither media nor networks.
 """
 
 import contextlib
-import hashlib
+import logging
 import os
-import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NoReturn
 
 import ray
-from ray.exceptions import RayError
-from tqdm import tqdm
+from ray.exceptions import RayActorError, RayError
+from ray.experimental import get_object_locations
 
 from configs.load import JobError
-from pipeline.discover import Clip
-from shards.dataset import DatasetInfo, create_or_check, read_info
-from shards.write import Outcome, shard_done, write_manifest
+from pipeline.plan import Plan, ShardPlan
+from pipeline.progress import Metrics, Progress, Snapshot, Tally, Tick
+from pipeline.watch import Watch
+from pipeline.workers import MACHINE_FAULTS, Started, Workers, WriteOrder, Written, not_on, root_cause, write_task
+
+TRIES = 5
+"""Times that the loop starts a unit whose process is lost, each of which Ray repeats by itself too, before it gives its clips up."""
+WRITE_TRIES = 20
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,177 +42,297 @@ class RayConfig:
     """Shared memory of a local Ray, in MiB; it holds the re-encoded clips of the shards in flight."""
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """The clips of one shard, decided before anything runs so that the bytes do not depend on the cluster."""
+class Cluster:
+    """A Ray that starts when it is first needed: the one already initialised in this process, a local one for the job's time, or a running one."""
 
-    name: str
-    split: str
-    clips: tuple[Clip, ...]
+    def __init__(self, config: RayConfig) -> None:
+        self._config, self._own = config, False
 
+    def start(self) -> None:
+        """Start or join Ray; nothing if that is done."""
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._own = True
+        if self._config.address == "local":
+            # A token-less local Ray binds to the loopback address only and ends with the job.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(
+                address="local",
+                num_cpus=self._config.num_cpus,
+                include_dashboard=False,
+                object_store_memory=self._config.object_store_mb << 20,
+                _node_ip_address="127.0.0.1",
+                # Workers print through the driver's summary and ledgers, not into its progress line.
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=self._config.address, log_to_driver=False, logging_level=logging.ERROR)
 
-@dataclass
-class Summary:
-    """What a job ended with: counts over all shards of its plan, those done by an earlier run included."""
-
-    ok: int = 0
-    failed: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0
-    clips_now: int = 0
-    seconds: float = 0.0
-
-    def add(self, outcome: Outcome) -> None:
-        """Count one shard's outcome."""
-        self.ok, self.failed, self.bytes = self.ok + outcome.ok, self.failed + outcome.failed, self.bytes + outcome.bytes
-        self.reasons.update(outcome.reasons)
-
-    def text(self) -> str:
-        """One line a person reads: counts, failures by reason, size, rate."""
-        why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
-        rate = f", {self.clips_now} clips now at {self.clips_now / self.seconds:.2f} clips/s" if self.clips_now and self.seconds else ""
-        return f"{self.ok} ok, {self.failed} failed{f' ({why})' if why else ''}; {self.bytes / 1e6:.1f} MB{rate}"
+    def stop(self) -> None:
+        """End what `start` started."""
+        if self._own:
+            ray.shutdown()
+            self._own = False
 
 
 @contextlib.contextmanager
-def cluster(config: RayConfig) -> Iterator[None]:
-    """A Ray to run in: the one already initialised in this process, a local one for the job's time, or a running cluster."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Workers print through the driver's summary and ledgers, not into its progress line.
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if config.address == "local":
-        # A token-less local Ray binds to the loopback address only and ends with the job.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            object_store_memory=config.object_store_mb << 20,
-            _node_ip_address="127.0.0.1",
-            **common,
-        )
-    else:
-        ray.init(address=config.address, **common)
+def cluster(config: RayConfig) -> Iterator[Cluster]:
+    """A Ray to run in, ended with the block. It is not started before `start` is called."""
+    found = Cluster(config)
     try:
-        yield
+        yield found
     finally:
-        ray.shutdown()
+        found.stop()
 
 
-def plan_shards(clips: Sequence[Clip], clips_per_shard: int) -> list[ShardPlan]:
-    """Cut the sorted clips of every split into shards. The order is that of (split, key, source), so the plan depends on the inputs alone."""
-    if clips_per_shard < 1:
-        raise ValueError(f"clips_per_shard is {clips_per_shard}; expected at least 1")
-    by_split: dict[str, list[Clip]] = {}
-    for clip in sorted(clips, key=lambda c: (c.split, c.key, c.source)):
-        by_split.setdefault(clip.split, []).append(clip)
-    return [
-        ShardPlan(f"{split}-{number:06d}", split, tuple(members[start : start + clips_per_shard]))
-        for split, members in by_split.items()
-        for number, start in enumerate(range(0, len(members), clips_per_shard))
-    ]
+@dataclass(frozen=True)
+class Stage:
+    """What a job does with a plan."""
+
+    name: str
+    outputs: tuple[str, ...]
+    """The datasets that every shard is written into, committed in this order."""
+    unit_clips: int
+    """Clips in one unit. One call costs about 5 ms, so a unit should take half a second or more."""
+    workers: Callable[[], Workers]
+    """Starts what runs the units. Called only if there is something to do, when Ray is up."""
+    networks: bool = False
+    """Whether the workers hold networks."""
+    device: str = "cpu"
+    """On which these run."""
 
 
-def inputs_sha256(plans: Sequence[ShardPlan]) -> str:
-    """A hash of which clip goes to which shard, kept with the dataset so that a rerun over other inputs is noticed."""
-    digest = hashlib.sha256()
-    for plan in plans:
-        for clip in plan.clips:
-            digest.update(f"{plan.name}\t{clip.key}\t{os.path.basename(clip.source)}\n".encode())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Todo:
+    """Which shards of the plan to do."""
+
+    plan: Plan
+    missing: frozenset[str]
+    """Shards that are not committed."""
+    retry: dict[str, dict[tuple[str, str], None]] = field(default_factory=dict)
+    """Committed shards with the clips (key, source) of theirs to try again."""
+    replaces: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+    """sha256 of the committed shards that a retry replaces, per dataset."""
 
 
-class Ticker:
-    """Counts finished clips while their shards are still open, for the progress line. The ledgers, not this, are the record."""
+@dataclass(frozen=True)
+class Ran:
+    """What the loop did."""
 
-    def __init__(self) -> None:
-        self._done, self._failed = 0, 0
-
-    def tick(self, done: int, failed: int) -> None:
-        """Count clips that came to their end."""
-        self._done, self._failed = self._done + done, self._failed + failed
-
-    def read(self) -> tuple[int, int]:
-        """(finished, of them failed) so far."""
-        return self._done, self._failed
+    snapshot: Snapshot
+    total: int
+    """Clips in the shards that were to do."""
+    workers: int
+    seconds: float
+    restarted_units: int
+    """Units started again because a process or node was lost."""
 
 
-Actor = Any
-"""A Ray actor's handle, for which Ray has no type that its own functions accept."""
-Submit = Callable[[ShardPlan, Actor], ray.ObjectRef]
+@dataclass(eq=False)
+class _Unit:
+    """A few clips of an open shard on their way."""
+
+    shard: "_Shard"
+    places: tuple[int, ...]
+    running: Started | None = None
+    payload: ray.ObjectRef | None = None
+    """The entries, once they are there."""
+    tries: int = 0
+    counted: bool = False
 
 
-def run_shards(root: str, info: DatasetInfo, plans: Sequence[ShardPlan], submit: Submit, *, in_flight: int, stage: str) -> Summary:
-    """Do the shards of the plan that are not committed yet, then merge the manifest.
+@dataclass(eq=False)
+class _Shard:
+    """A shard being made."""
 
-    `submit(plan, ticker)` starts one shard's work and returns a reference to its Outcome, which must only be ready once the shard is committed.
-    Raises JobError when a shard's work fails as a whole (a full disk, a broken installation): what is committed stays.
+    plan: ShardPlan
+    order: WriteOrder
+    units: list[_Unit]
+    write: ray.ObjectRef | None = None
+    tries: int = 0
+
+
+def run_shards(stage: Stage, todo: Todo, *, in_flight: int, freeze_seconds: float, progress: Progress) -> Ran:
+    """Do the shards. Ray must be up.
+
+    Raises JobError when a shard's work fails as a whole (a full disk, a broken installation, storage that stays away): what is committed stays.
     """
-    _check_inputs(root, info, plans)
-    create_or_check(root, info)
-    todo = deque(plan for plan in plans if not shard_done(root, plan.name))
-    total = sum(len(plan.clips) for plan in todo)
-    print(f"{stage}: {len(plans) - len(todo)} shards done, {len(todo)} to do ({total} clips)", flush=True)
-    started, summary = time.monotonic(), Summary(clips_now=total)
-    open_refs: dict[ray.ObjectRef, ShardPlan] = {}
-    ticker: Actor = ray.remote(Ticker).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-    # On a terminal one line is redrawn; in a log a line every half minute is enough.
-    interval = 0.2 if sys.stderr.isatty() else 30
-    with tqdm(total=total, desc=stage, unit="clip", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=not todo) as bar:
-        while todo or open_refs:
-            while todo and len(open_refs) < in_flight:
-                plan = todo.popleft()
-                open_refs[submit(plan, ticker)] = plan
-            ready, _ = ray.wait(list(open_refs), timeout=0.5)
-            for ref in ready:
-                plan = open_refs.pop(ref)
-                try:
-                    ray.get(ref)
-                except (RayError, OSError, ValueError) as error:
-                    for other in open_refs:
-                        ray.cancel(other, force=False)
-                    raise JobError(
-                        f"{stage} stopped at shard {plan.name}: {_root_cause(error)}\nThe {sum(shard_done(root, p.name) for p in plans)} "
-                        f"finished shards in {root} are kept; mend the cause and run the same command again."
-                    ) from error
-            done, failed = ray.get(ticker.read.remote())
-            bar.update(max(0, min(done, total) - bar.n))
-            bar.set_postfix(failed=failed, refresh=False)
-        bar.update(total - bar.n)
-    ray.kill(ticker)
-    summary.seconds = time.monotonic() - started
-    for outcome in write_manifest(root):
-        summary.add(outcome)
-    return summary
+    loop = _Loop(stage, todo, in_flight, freeze_seconds, progress)
+    try:
+        return loop.run()
+    finally:
+        loop.close()
 
 
-def finish(summary: Summary, *, stage: str, out: str, max_failed_fraction: float) -> None:
-    """Print the last line of a stage. Raises JobError if too many clips failed, or all of them."""
-    print(f"{stage}: {summary.text()} -> {out}", flush=True)
-    total = summary.ok + summary.failed
-    if total and (summary.ok == 0 or summary.failed > max_failed_fraction * total):
+class _Loop:
+    """The state of one stage's run."""
+
+    def __init__(self, stage: Stage, todo: Todo, in_flight: int, freeze_seconds: float, progress: Progress) -> None:
+        self.stage, self.todo, self.progress = stage, todo, progress
+        self.workers = stage.workers()
+        wanted = todo.missing | set(todo.retry)
+        self.clips = sum(todo.plan.counts[name] for name in wanted)
+        self.left, self.plans = len(wanted), todo.plan.shards(wanted)
+        per_shard = max(1, self.clips // max(1, len(wanted)))
+        # Enough open shards that no worker waits for a write: two rounds of units, and a few for the ends of shards.
+        self.in_flight = in_flight or 2 + -(-2 * self.workers.count * stage.unit_clips // per_shard)
+        self.tally, self.metrics = Tally(), Metrics(stage.name)
+        self.watch = Watch(freeze_seconds)
+        self.open: list[_Shard] = []
+        self.waiting: deque[_Unit] = deque()
+        self.running: dict[ray.ObjectRef, _Unit] = {}
+        self.writing: dict[ray.ObjectRef, _Shard] = {}
+        self.restarted = 0
+        self.writer = ray.remote(write_task).options(num_cpus=0, max_retries=0)
+
+    def run(self) -> Ran:
+        started, more = time.monotonic(), True
+        while more or self.open:
+            while more and len(self.open) < self.in_flight:
+                plan = next(self.plans, None)
+                more = plan is not None
+                self.left -= more
+                if plan is not None:
+                    self._open(plan)
+            self._start_units()
+            self._collect()
+            if frozen := self.watch.poll():
+                self._restart_on_others(frozen)
+            self.progress.update(self.tally.snapshot())
+            self.metrics.shards(in_flight=len(self.open), to_do=self.left)
+        return Ran(self.tally.snapshot(), self.clips, self.workers.count, time.monotonic() - started, self.restarted)
+
+    def close(self) -> None:
+        self.progress.close()
+        if ray.is_initialized():
+            self.watch.close()
+            self.workers.close()
+
+    def _open(self, plan: ShardPlan) -> None:
+        """Cut a shard into units. The cut depends on the plan alone: what shares a batch on a GPU must not depend on what is tried again."""
+        retry = self.todo.retry.get(plan.name)
+        retried = None if retry is None else frozenset(place for place, clip in enumerate(plan.clips) if (clip.key, clip.source) in retry)
+        cuts = [range(start, min(start + self.stage.unit_clips, len(plan.clips))) for start in range(0, len(plan.clips), self.stage.unit_clips)]
+        # A clip that failed before it was opened is a row already.
+        units = [tuple(place for place in cut if plan.clips[place].reason is None) for cut in cuts]
+        wanted = tuple(unit for unit in units if unit and (retried is None or not retried.isdisjoint(unit)))
+        replaces = self.todo.replaces.get(plan.name, (None,) * len(self.stage.outputs))
+        shard = _Shard(plan, WriteOrder(self.stage.outputs, plan, wanted, retried, replaces), [])
+        shard.units = [_Unit(shard, places) for places in wanted]
+        self.open.append(shard)
+        self.waiting.extend(shard.units)
+        run = {place for unit in wanted for place in unit}
+        rest = [clip for place, clip in enumerate(plan.clips) if place not in run]
+        if rest:
+            self._count(Tick(len(rest), tuple((clip.key, clip.reason, clip.message or "") for clip in rest if clip.reason)))
+        if not shard.units:
+            self._start_write(shard)
+
+    def _start_units(self) -> None:
+        while self.waiting:
+            unit = self.waiting[0]
+            unit.running = self.workers.start(
+                unit.shard.plan.name, [unit.shard.plan.clips[place] for place in unit.places], frozenset(self.watch.frozen)
+            )
+            if unit.running is None:
+                return
+            self.waiting.popleft()
+            self.running[unit.running.tick] = unit
+
+    def _collect(self) -> None:
+        """Take what has come back, waiting a moment if nothing has."""
+        refs = [*self.running, *self.writing]
+        if not refs:
+            time.sleep(POLL_SECONDS / 10)
+            return
+        if not ray.wait(refs, timeout=POLL_SECONDS, fetch_local=False)[0]:
+            return
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]:
+            if ref in self.running:
+                self._unit_back(self.running.pop(ref))
+            else:
+                self._write_back(self.writing.pop(ref))
+
+    def _unit_back(self, unit: _Unit) -> None:
+        assert unit.running is not None
+        self.workers.ended(unit.running)
+        try:
+            tick: Tick = ray.get(unit.running.tick)
+        except MACHINE_FAULTS as error:
+            self._restart(unit, error)
+            return
+        except (RayError, OSError, ValueError) as error:
+            self._stop(unit.shard, error)
+        unit.payload, unit.running = unit.running.payload, None
+        if not unit.counted:
+            unit.counted = True
+            self._count(tick)
+        if all(other.payload is not None for other in unit.shard.units):
+            self._start_write(unit.shard)
+
+    def _restart(self, unit: _Unit, error: BaseException | str) -> None:
+        """Queue a unit again whose process or result is lost."""
+        unit.tries, unit.running, unit.payload = unit.tries + 1, None, None
+        if unit.tries > TRIES or (isinstance(error, RayActorError) and "error raised in its creation task" in str(error)):
+            self._stop(unit.shard, error)
+        self.restarted += 1
+        self.waiting.append(unit)
+
+    def _start_write(self, shard: _Shard) -> None:
+        payloads = [unit.payload for unit in shard.units if unit.payload is not None]
+        assert len(payloads) == len(shard.units)
+        shard.write = self.writer.options(label_selector=not_on(frozenset(self.watch.frozen))).remote(shard.order, payloads)
+        self.writing[shard.write] = shard
+
+    def _write_back(self, shard: _Shard) -> None:
+        ref, shard.write = shard.write, None
+        assert ref is not None
+        try:
+            written: Written = ray.get(ref)
+        except MACHINE_FAULTS as error:
+            shard.tries += 1
+            if shard.tries > WRITE_TRIES:
+                self._stop(shard, error)
+            self._start_write(shard)
+            return
+        except (RayError, OSError, ValueError) as error:
+            self._stop(shard, error)
+        for number in written.lost:
+            self._restart(shard.units[number], f"the result of a unit of {shard.plan.name} is lost with its node again and again")
+        if not written.lost:
+            self.open.remove(shard)
+            self._count(Tick(0, bytes=sum(outcome.bytes for outcome in written.outcomes)))
+
+    def _restart_on_others(self, frozen: set[str]) -> None:
+        """Start again what a frozen node may hold: units and writes under way, and results whose only copy lies there."""
+        self.workers.suspect([unit.running for unit in self.running.values() if unit.running is not None])
+        units = [*self.running.values()]
+        there = get_object_locations([unit.payload for shard in self.open for unit in shard.units if unit.payload is not None])
+        for shard in self.open:
+            units += [unit for unit in shard.units if unit.payload is not None and set(there[unit.payload].get("node_ids", ())) <= self.watch.frozen]
+        self.running.clear()
+        self.writing.clear()
+        for unit in units:
+            unit.running, unit.payload = None, None
+        self.restarted += len(units)
+        self.waiting.extendleft(reversed(units))
+        shards = {unit.shard.plan.name for unit in units}
+        for shard in self.open:
+            if all(unit.payload is not None for unit in shard.units):
+                shards.add(shard.plan.name)
+                self._start_write(shard)
+        names = ", ".join(sorted(node[:8] for node in frozen))
+        self.progress.note(f"node {names} does not answer; {len(shards)} shards in work are continued on other nodes")
+
+    def _count(self, tick: Tick) -> None:
+        self.tally.add(tick, time.monotonic())
+        self.metrics.observe(tick)
+
+    def _stop(self, shard: _Shard, error: BaseException | str) -> NoReturn:
+        why, cause = (error, None) if isinstance(error, str) else (root_cause(error), error)
         raise JobError(
-            f"{stage}: {summary.failed} of {total} clips failed, more than max_failed_fraction={max_failed_fraction:g} allows"
-            f"{' (none is good)' if summary.ok == 0 else ''}. What is done is kept; `soundshard inspect {out}` shows the failures by reason."
-        )
-
-
-def _check_inputs(root: str, info: DatasetInfo, plans: Sequence[ShardPlan]) -> None:
-    if not os.path.exists(os.path.join(root, "dataset.json")):
-        return
-    before, now = read_info(root).provenance.get("inputs", {}), info.provenance.get("inputs", {})
-    if before != now and any(shard_done(root, plan.name) for plan in plans):
-        raise ValueError(
-            f"{root} was begun with {before.get('clips')} other inputs or shards of another size ({before}), and this run has {now}: "
-            "which clip goes to which shard would change. Give the same inputs, or another out="
-        )
-
-
-def _root_cause(error: BaseException) -> str:
-    """What went wrong in a worker, in a line: Ray's own text holds the worker's whole traceback, which ends in the error itself."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if isinstance(cause, RayError) and lines else f"{type(cause).__name__}: {cause}"
+            f"{self.stage.name} stopped at shard {shard.plan.name}: {why}\n"
+            f"The finished shards in {self.stage.outputs[-1]} are kept; mend the cause and run the same command again."
+        ) from cause

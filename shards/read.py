@@ -89,6 +89,12 @@ class Index:
             table = table.filter(pc.field("split") == split)
         return cls(root, info, table)
 
+    @classmethod
+    def of_shard(cls, root: str | os.PathLike, name: str) -> "Index":
+        """The index of one committed shard, from its ledger: for a process that works through a shard and need not know the others."""
+        info = read_info(root)
+        return cls(os.fspath(root), info, ledger.read(ledger.path_of(root, name), fingerprint=info.fingerprint))
+
     def __len__(self) -> int:
         return self.ok
 
