@@ -185,7 +185,6 @@ class _Loop:
         self.running: dict[ray.ObjectRef, _Unit] = {}
         self.writing: dict[ray.ObjectRef, _Shard] = {}
         self.restarted = 0
-        self.writer = ray.remote(write_task).options(num_cpus=0, max_retries=0)
 
     def run(self) -> Ran:
         started, more = time.monotonic(), True
@@ -283,7 +282,8 @@ class _Loop:
     def _start_write(self, shard: _Shard) -> None:
         payloads = [unit.payload for unit in shard.units if unit.payload is not None]
         assert len(payloads) == len(shard.units)
-        shard.write = self.writer.options(label_selector=not_on(frozenset(self.watch.frozen))).remote(shard.order, payloads)
+        writer = ray.remote(write_task).options(num_cpus=0, max_retries=0, label_selector=not_on(frozenset(self.watch.frozen)))
+        shard.write = writer.remote(shard.order, payloads)
         self.writing[shard.write] = shard
 
     def _write_back(self, shard: _Shard) -> None:

@@ -67,8 +67,8 @@ class Workers(Protocol):
 class Tasks:
     """A Ray task per unit; Ray decides where and when."""
 
-    def __init__(self, function: Callable[..., tuple[Tick, Payload]], *shared: object, num_cpus: float = 1) -> None:
-        self.count = max(1, int(ray.cluster_resources().get("CPU", 1) / num_cpus))
+    def __init__(self, function: Callable[..., tuple[Tick, Payload]], *shared: object, num_cpus: int = 1) -> None:
+        self.count = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_cpus)
         self._function, self._shared = function, shared
         self._num_cpus, self._avoid = num_cpus, frozenset[str]()
         self._remote = self._options()
@@ -107,7 +107,7 @@ class UnitActor:
 class Actors:
     """A pool of processes that hold networks. A unit goes to whichever has room, so that a slow or restarting one holds nothing up."""
 
-    def __init__(self, actor_class: type, *arguments: object, count: int, num_cpus: float, num_gpus: float = 0, calls: int = 1) -> None:
+    def __init__(self, actor_class: type, *arguments: object, count: int, num_cpus: int, num_gpus: int = 0, calls: int = 1) -> None:
         """`calls` units at a time go to each actor: with 2, one decodes its first clips while the other computes its last batches."""
         remote = ray.remote(actor_class).options(
             num_cpus=num_cpus, num_gpus=num_gpus, max_concurrency=calls, max_restarts=-1, max_task_retries=RAY_RETRIES

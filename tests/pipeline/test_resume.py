@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import JobError
 from pipeline import prepare, reencode
 from pipeline.media import EncodeConfig
 from shards.read import Index
@@ -66,12 +67,15 @@ def test_retrying_mends_failed_clips_and_leaves_the_others_alone(inputs: Path, c
 def test_retrying_runs_failed_clips_only(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A clip that a short time limit stopped is tried again under a longer one; its shard's other clips are copied, not encoded."""
     out = tmp_path / "out"
-    reencode.run(replace(options(inputs, out), clip_seconds=0.01))
-    assert {row["reason"] for row in rows(str(out))} == {"timeout", "empty"} or {row["reason"] for row in rows(str(out))} == {"timeout"}
+    with pytest.raises(JobError, match=r"8 of 8 clips failed.*retry_failed=true"):
+        reencode.run(replace(options(inputs, out), clip_seconds=0.01))
+    assert {row["reason"] for row in rows(str(out))} == {"timeout"}
     with pytest.raises(ValueError, match="retry_failed"):
         reencode.run(replace(options(inputs, out), reasons="timeout"))
-    reencode.run(replace(options(inputs, out), retry_failed=True, reasons="io"))
-    assert "0 to do" in capsys.readouterr().out
+    capsys.readouterr()
+    with pytest.raises(JobError, match="none is good"):
+        reencode.run(replace(options(inputs, out), retry_failed=True, reasons="io"))
+    assert "3 shards done, 0 to do (0 clips)\n" in capsys.readouterr().out
     reencode.run(replace(options(inputs, out), retry_failed=True, reasons="timeout,io"))
     fresh = tmp_path / "fresh"
     reencode.run(options(inputs, fresh))
