@@ -45,7 +45,10 @@ ATTEMPTS = 3
 START_SECONDS = 120.0
 """A child that has not imported what it needs by then, from a slow network file system too, will not."""
 POLL_SECONDS = 1.0
-"""A wait is counted in pieces of this size."""
+"""A wait is counted in pieces of this size; between them, the child's memory is looked at."""
+HEADROOM_BYTES = 1 << 30
+"""Address space beyond a clip's limit. Libraries answer a failed allocation with anything from a wrong reason to a damaged picture, so the limit
+itself must not make one fail; whether a clip went beyond it is seen afterwards. FFmpeg's largest single allocations, pictures, are this big."""
 SHARED_BYTES = 1 << 20
 """Arrays from this size on travel through shared memory."""
 SPARE_BYTES = 256 << 20
@@ -175,23 +178,25 @@ class _Process:
 
     def ask(self, function: Callable, arguments: Sequence, limits: Limits) -> tuple[bool, Any]:
         """Whether `function(*arguments)` raised, and its result or its exception. Raises _CallError if there is neither."""
-        kills = _oom_kills()
+        kills, most = _oom_kills(), self._address_space("VmSize") + (limits.clip_memory_mb << 20)
         self._words.clear()
         self.calls += 1
         idle = [self._idle.popleft() for _ in range(len(self._idle))]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; the wait will tell how
-            _send(self._socket, pickle.dumps((function, arguments, limits.clip_memory_mb << 20, idle), 5))
+            _send(self._socket, pickle.dumps((function, arguments, most + HEADROOM_BYTES, idle), 5))
         try:
-            message = self._wait(limits.clip_seconds)
+            message = self._wait(limits.clip_seconds, most)
+            if message is None:
+                raise self._death(kills)
+            reply: _Reply = pickle.loads(message[0])
+            if reply.status == "memory":
+                raise MemoryError
         except TimeoutError:
             raise _CallError("timeout", f"not done after clip_seconds={limits.clip_seconds:g}") from None
-        if message is None:
-            raise self._death(kills)
-        reply: _Reply = pickle.loads(message[0])
+        except MemoryError:
+            raise _CallError("out_of_memory", f"needs more than clip_memory_mb={limits.clip_memory_mb}") from None
         for number in reply.forgotten:
             self._shared.pop(number, None)
-        if reply.status == "memory":
-            raise _CallError("out_of_memory", f"needs more than clip_memory_mb={limits.clip_memory_mb}")
         return reply.status == "raised", pickle.loads(reply.stream, buffers=[self._buffer(place, message[1]) for place in reply.places])
 
     def _buffer(self, place: "_Place | bytearray", files: deque[int]) -> np.ndarray | bytearray:
@@ -208,8 +213,8 @@ class _Process:
         weakref.finalize(array, self._idle.append, place.number).atexit = False
         return array
 
-    def _wait(self, seconds: float) -> tuple[bytes, deque[int]] | None:
-        """The child's next message, or None if it ended instead. Raises TimeoutError.
+    def _wait(self, seconds: float, most_bytes: int = sys.maxsize) -> tuple[bytes, deque[int]] | None:
+        """The child's next message, or None if it ended instead. Raises TimeoutError, and MemoryError if it has grown beyond `most_bytes` until then.
 
         Time in which this process itself was stopped (a frozen node) is not held against the child.
         """
@@ -218,23 +223,32 @@ class _Process:
             started = time.monotonic()
             ready = [file for file, _ in self._poll.poll(1000 * min(POLL_SECONDS, seconds - waited))]
             waited += min(time.monotonic() - started, 2 * POLL_SECONDS)
-            if self._stderr in ready and not self._listen():
+            if self._stderr in ready and self._listen() == b"":
                 self._poll.unregister(self._stderr)  # it has closed its end
-            if self._socket.fileno() in ready:
+            answered = self._socket.fileno() in ready
+            if (answered or not ready) and self._address_space("VmPeak") > most_bytes:
+                raise MemoryError
+            if answered:
                 return _receive(self._socket)
             if not ready and self._popen.poll() is not None:  # and a process that it started still has its socket
                 return None
         raise TimeoutError
 
-    def _listen(self) -> bool:
-        """Take what the child has written to stderr, so that its pipe never fills; keep the end. False when there will be no more."""
+    def _address_space(self, field: str) -> int:
+        """Bytes that the child has (`VmSize`) or had at most (`VmPeak`); 0 when it is dead."""
+        with contextlib.suppress(OSError), open(f"/proc/{self._popen.pid}/status") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":")), 0)
+        return 0
+
+    def _listen(self) -> bytes | None:
+        """Take what the child has written to stderr, so that its pipe never fills, and keep the end. None if there is nothing, b"" after the last."""
         try:
             data = os.read(self._stderr, 1 << 16)
         except BlockingIOError:
-            return False
+            return None
         self._words += data
         del self._words[:-STDERR_BYTES]
-        return bool(data)
+        return data
 
     def _death(self, oom_kills: int) -> _CallError:
         """What the child died of."""
@@ -490,9 +504,9 @@ def _tie_to(parent: int) -> None:
 def _answer(request: bytes, slabs: _Slabs) -> tuple[_Reply, list[int]]:
     """Do what is asked, within the limit; the reply, and descriptors of new shared memory."""
     try:
-        function, arguments, memory_bytes, idle = pickle.loads(request)
+        function, arguments, most_bytes, idle = pickle.loads(request)
         slabs.take_back(idle)
-        with _memory_limit(memory_bytes):
+        with _memory_limit(most_bytes):
             return _reply("value", function(*arguments), slabs)
     except BaseException as error:  # whatever it is, it is raised again in the parent
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
@@ -501,13 +515,10 @@ def _answer(request: bytes, slabs: _Slabs) -> tuple[_Reply, list[int]]:
 
 
 @contextlib.contextmanager
-def _memory_limit(more_bytes: int) -> Iterator[None]:
-    """At most so much more address space than there is now."""
+def _memory_limit(most_bytes: int) -> Iterator[None]:
+    """At most so much address space."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * mmap.PAGESIZE
-    wanted = now + more_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes if hard == resource.RLIM_INFINITY else min(most_bytes, hard), hard))
     try:
         yield
     finally:

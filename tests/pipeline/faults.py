@@ -94,10 +94,15 @@ def allocate(mb: int, *, touch: bool = False) -> int:
     return array.nbytes
 
 
+def grow_and_sleep(mb: int, seconds: float) -> None:
+    np.empty(mb << 20, np.uint8)
+    time.sleep(seconds)
+
+
 def allocate_without_end() -> None:
     taken = []
     while True:
-        taken.append(bytearray(8 << 20))
+        taken.append(np.empty(64 << 20, np.uint8))
 
 
 def shout(mb: int, then: str) -> str:

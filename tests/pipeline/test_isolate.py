@@ -44,6 +44,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clips") / "large.mp4"
+    make_clip(path, width=1280, height=720, seconds=Fraction(16, 25), flash_picture=3)
+    return path
+
+
 def gone(pid: int, within_seconds: float = 20.0) -> bool:
     """Whether a process ends in time."""
     stop = time.monotonic() + within_seconds
@@ -287,15 +294,29 @@ def test_a_clip_is_not_blamed_for_a_kill_from_outside(child: Child, tmp_path: Pa
     assert child.call(faults.echo, 2) == 2
 
 
-def test_a_large_picture_in_a_real_clip_runs_out_of_memory(tmp_path: Path) -> None:
-    path = tmp_path / "large.mp4"
-    make_clip(path, width=2048, height=1536, seconds=Fraction(9, 25), flash_picture=3)
-    child = Child(Limits(clip_memory_mb=40))
+@pytest.mark.parametrize("mb", [3, 20, 45])
+def test_a_real_clip_that_needs_too_much_is_never_called_damaged(large: Path, mb: int) -> None:
+    """x264 and FFmpeg's decoders answer a failed allocation with "error in an external library" or packets that cannot be decoded."""
+    child = Child(Limits(clip_memory_mb=mb))
     with pytest.raises(MediaError) as error:
-        child.call(decode, path)
+        child.call(reencode, large)
     assert error.value.reason == "out_of_memory"
-    child.limits = Limits(clip_memory_mb=600)
-    assert child.call(decode, path).frames.shape == (9, 1536, 2048, 3)
+    child.close()
+
+
+def test_a_real_clip_with_memory_enough(large: Path) -> None:
+    child = Child(Limits(clip_memory_mb=400))
+    assert child.call(reencode, large).frames == 16
+    child.close()
+
+
+def test_growth_is_noticed_while_it_happens() -> None:
+    child = Child(Limits(clip_seconds=60.0, clip_memory_mb=100))
+    child.call(os.getpid)
+    started = time.monotonic()
+    with pytest.raises(MediaError, match="out_of_memory"):
+        child.call(faults.grow_and_sleep, 200, 55)
+    assert time.monotonic() - started < 50  # the function itself takes longer
     child.close()
 
 
@@ -408,9 +429,15 @@ print(kept.call(faults.loose_thread))
 
 
 def test_time_on_a_frozen_machine_is_not_the_clips(tmp_path: Path) -> None:
-    parent = start_parent("call(faults.burn, Path(sys.argv[1]), 1.0, limits=Limits(clip_seconds=3.5)); print('done')", tmp_path / "pid")
+    body = """
+import pipeline.isolate
+pipeline.isolate.POLL_SECONDS = 0.1
+call(faults.burn, Path(sys.argv[1]), 0.7, limits=Limits(clip_seconds=4.0))
+print("done")
+"""
+    parent = start_parent(body, tmp_path / "pid")
     pids = [int(appears(tmp_path / "pid")), parent.pid]
-    for number, seconds in ((signal.SIGSTOP, 4), (signal.SIGCONT, 0)):
+    for number, seconds in ((signal.SIGSTOP, 4.5), (signal.SIGCONT, 0)):
         for pid in pids:
             os.kill(pid, number)
         time.sleep(seconds)
