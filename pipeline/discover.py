@@ -11,8 +11,8 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
@@ -293,11 +293,13 @@ def _text(path: str) -> str:
         raise ValueError(f"{path} is not a text file (byte {error.start} is not UTF-8); expected a list, one video or clip id a line") from error
 
 
-def _without_duplicates(clips: Iterable[Clip]) -> list[Clip]:
+def _without_duplicates(clips: Sequence[Clip]) -> list[Clip]:
     """The first file of a key, in sorted order, keeps it; the others are failed rows."""
+    counts = Counter(clip.key for clip in clips)
     winners: dict[str, Clip] = {}
-    rows = []
-    for clip in sorted(clips, key=lambda clip: (clip.key, clip.reason is not None, clip.source, clip.split)):
+    rows = [clip for clip in clips if counts[clip.key] == 1]
+    repeated = (clip for clip in clips if counts[clip.key] > 1)
+    for clip in sorted(repeated, key=lambda clip: (clip.key, clip.reason is not None, clip.source, clip.split)):
         winner = winners.setdefault(clip.key, clip)
         rows.append(clip if clip is winner else replace(clip, reason="duplicate_key", message=f"{winner.source} has this key already"))
     return rows

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from configs import storage
 from configs.load import JobError
-from pipeline.discover import Clip
+from pipeline.discover import Clip, DiscoverConfig, discover, discovery
 from shards import ledger
 from shards.read import Index
 from shards.write import done_shards, uncommit
@@ -162,8 +162,11 @@ def settle(
     `overwrite` or `on_change="redo"`: then the ledgers of those shards are removed, so that they are to do like any that never were, whatever happens
     to this run.
 
-    The process imports the modules of `source` and of the classes of its arguments, so these should be light.
+    The process imports the modules of `source` and of the classes of its arguments, so these should be light. Of a job's wide configuration,
+    `discover` is handed what is its own.
     """
+    if source is discover:
+        arguments = tuple(discovery(argument) if isinstance(argument, DiscoverConfig) else argument for argument in arguments)
     options = Options(clips_per_shard, overwrite or on_change == "redo", retry_missing)
     try:
         changes = _in_child(settle_here, os.fspath(root), source, arguments, options)
@@ -264,6 +267,8 @@ class _Update:
 
     def _row(self, shard: str, old: Clip, new: Clip | None) -> Clip:
         """A row of the plan, given what is found of its input now."""
+        if old == new:
+            return old
         committed = shard in self._committed
         if old.reason == DUPLICATE:
             return old if new is None else replace(old, source=new.source, size=new.size, version=new.version)
@@ -327,20 +332,17 @@ def _paired(before: Sequence[Clip], found: Sequence[Clip]) -> tuple[list[Clip | 
         rows.setdefault(clip.key, []).append(number)
     pairs: list[Clip | None] = [None] * len(before)
     for key, numbers in rows.items():
-        left = by_key.get(key)
-        if left is None:
-            continue
-        if len(left) > 1:
-            left.sort(key=lambda clip: clip.reason == DUPLICATE)
-        if len(numbers) > 1:
-            numbers.sort(key=lambda number: before[number].reason == DUPLICATE)
+        left = by_key.pop(key, [])
+        left.sort(key=lambda clip: clip.reason == DUPLICATE)
+        numbers.sort(key=lambda number: before[number].reason == DUPLICATE)
         for same in (_same_path, _same_name, _was_missing):
             for number in numbers:
                 if pairs[number] is None and left:
                     pairs[number] = next((clip for clip in left if same(before[number], clip)), None)
                     left = [clip for clip in left if clip is not pairs[number]]
-        by_key[key] = left
-    return pairs, [clip for clip in found if any(clip is other for other in by_key[clip.key])]
+        if left:
+            by_key[key] = left
+    return pairs, list(chain.from_iterable(by_key.values()))
 
 
 def _same_path(old: Clip, new: Clip) -> bool:

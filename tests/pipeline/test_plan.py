@@ -9,7 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -446,9 +446,17 @@ def test_a_shard_that_is_cut_otherwise_is_a_changed_one() -> None:
 # --- the planning process -------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class JobConfig(DiscoverConfig):
+    """A job's configuration, which the planning process has no need to know."""
+
+    def __getstate__(self) -> None:
+        pytest.fail("the whole configuration was sent")
+
+
 def test_planning_runs_in_a_light_process_whose_errors_come_back(tmp_path: Path) -> None:
     touch_numbered(range(4))
-    plan, changes = settle("out", discover, DiscoverConfig("source"), clips_per_shard=3)
+    plan, changes = settle("out", discover, JobConfig("source"), clips_per_shard=3)
     assert (changes, plan.names, plan.counts) == (Changes(), ["train-000000", "train-000001"], {"train-000000": 3, "train-000001": 1})
     commit()
     touch("source/clip000.mp4", data=b"changed")
