@@ -549,7 +549,8 @@ answer(int(sys.argv[1]), int(sys.argv[2]))
 
 def answer(descriptor: int, parent: int) -> None:
     """The planning process: do what is asked on standard input and send back the result or the error."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
     gc.disable()  # millions of objects are made, and none in cycles
