@@ -1,7 +1,8 @@
 """`soundshard bench-prepare`: what preparing a clip costs on this machine, measured on a sample; `soundshard plan` reckons with it.
 
 Runs the real re-encode, decode, visual tower and codec, bare and one after the other in this process, so the rates are those of one core (or of
-one GPU) with nothing in the way. Knows no cluster, no Ray and no shards. The times are as good as the machine is idle.
+one GPU) with nothing in the way: a clip that brings down its decoder ends it. Knows no cluster, no Ray and no shards. The times are as good as
+the machine is idle.
 """
 
 import json
@@ -26,7 +27,8 @@ from configs.load import JobError, job_main, to_plain
 from model.codecs import Codec
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, find_weights, open_codec
-from pipeline.media import EncodeConfig, EncodedClip, MediaError, decode, reencode
+from pipeline.isolate import Child, Limits
+from pipeline.media import EncodeConfig, EncodedClip, MediaError, decode, fetched, reencode
 
 TAR_BLOCK_BYTES = 512
 """A tar member is a header of one block and its bytes, rounded up to whole blocks."""
@@ -88,8 +90,10 @@ class Rates:
     """What a clip takes in a feature shard."""
     decoded_bytes: float
     """RGB pictures of a decoded clip in memory."""
-    encode_process_bytes: int
-    """Most memory of a process that only re-encodes."""
+    worker_process_bytes: int
+    """Memory of a process with everything imported, before it does anything."""
+    decoder_process_bytes: int
+    """Most memory of the process of its own in which a worker decodes and encodes a clip."""
     actor_process_bytes: int
     """Memory of a process that holds the networks, without decoded clips."""
     device: str
@@ -124,10 +128,11 @@ def choose(clips: Sequence[Clip], count: int) -> list[Clip]:
 
 def measure(sample: Sequence[Clip], config: BenchPrepareConfig) -> Rates:
     """The rates of the sample. Raises JobError if none of its clips is good."""
+    worker_process_bytes = resident_bytes()
     stored, plain, fused, reasons = encode_all(sample, config.encode)
     if not stored:
         raise JobError(f"none of the {len(sample)} clips of the sample could be re-encoded ({dict(reasons)}); give other clips")
-    encode_process_bytes = peak_bytes()
+    decoder_process_bytes = isolated_bytes(stored[0], config.encode)
     featuriser = Featuriser(config, with_codec=False)
     codec = open_codec(config.codec).to(featuriser.device)
     _networks_once(featuriser, codec, stored[0])  # libraries load, and torch.compile compiles, outside the measured time
@@ -165,7 +170,8 @@ def measure(sample: Sequence[Clip], config: BenchPrepareConfig) -> Rates:
         media_bytes=sum(tar_bytes(len(clip.mp4)) + tar_bytes(len(json.dumps(clip.record()))) for clip in stored) / good,
         feature_bytes=features / good,
         decoded_bytes=frame_bytes / good,
-        encode_process_bytes=encode_process_bytes,
+        worker_process_bytes=worker_process_bytes,
+        decoder_process_bytes=decoder_process_bytes,
         actor_process_bytes=actor_process_bytes,
         device=featuriser.device.type,
         gpu_kind=torch.cuda.get_device_name(featuriser.device) if on_gpu else "",
@@ -198,16 +204,18 @@ def encode_all(sample: Sequence[Clip], config: EncodeConfig) -> tuple[list[Encod
     good: list[EncodedClip] = []
     plain, fused, reasons = Stopwatch(), Stopwatch(), Counter[str]()
     for clip in sample:
-        source = storage.read_bytes(clip.source) if storage.is_remote(clip.source) else clip.source
         try:
+            source = fetched(clip.source)
             with plain.running():
                 encoded = reencode(source, config)
         except MediaError as error:
             reasons[error.reason] += 1
         else:
             good.append(encoded)
-        with suppress(MediaError), fused.running():
-            reencode(source, config, keep_frames=True)
+        with suppress(MediaError):
+            source = fetched(clip.source)
+            with fused.running():
+                reencode(source, config, keep_frames=True)
     return good, plain, fused, reasons
 
 
@@ -240,9 +248,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_bytes() -> int:
-    """Most memory that this process held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def isolated_bytes(clip: EncodedClip, config: EncodeConfig) -> int:
+    """Most memory of a process that re-encodes and decodes one clip as the jobs do it. The largest child that this process has had counts."""
+    child = Child(Limits())
+    try:
+        child.call(reencode, clip.mp4, config)
+        child.call(decode, clip.mp4)
+    finally:
+        child.close()
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def cpu_kind() -> str:

@@ -14,7 +14,7 @@ from pipeline.bench_prepare import Rates, read_rates
 from pipeline.discover import DiscoverConfig, discover
 
 QUEUED_PER_WORKER = 2
-"""Units of work in flight for each worker, so that none waits for the next shard to open."""
+"""Clips decoded ahead for each thread, and clips in flight for each processor (what `in_flight=0` does, with two shards more)."""
 CALLS_PER_GPU_ACTOR = 2
 """Calls that a process with a GPU works on at once: one decodes its first clips while the other computes."""
 MAX_PARTIAL_BATCHES = 0.05
@@ -134,7 +134,6 @@ class Stage:
 class Suggestion:
     """Options of `prepare` that keep this cluster busy."""
 
-    in_flight: int
     chunk_clips: int
     decode_threads: int
     decode_ahead: int
@@ -146,11 +145,11 @@ class Memory:
     """What one machine of a kind needs at most, in bytes."""
 
     reencode_bytes: float
-    """One re-encoding process per processor."""
+    """A worker and its decoder for each processor."""
     featurise_bytes: float
-    """The processes with the networks, and the clips decoded ahead in them."""
+    """The processes with the networks, their decoders, and the clips decoded ahead."""
     object_store_bytes: float
-    """Its share of the re-encoded clips of the shards in flight, in Ray's object store."""
+    """Its share, in Ray's object store, of the re-encoded clips whose shards are not written yet."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,8 @@ def estimate(clips: int, rates: Rates, cluster: Cluster, *, clips_per_shard: int
     fused_cpu = clips * rates.reencode_fused.cpu_seconds + good * network_cpu
     fused = _stage("fused", cluster, fused_cpu / actor_cpus, good * gpu_seconds / max(cluster.gpus, 1), source, media + features, moved)
     shards = math.ceil(clips / clips_per_shard)
-    suggestion = suggest(rates, cluster, clips, clips_per_shard, threads, fused=fused.seconds < reencode.seconds + featurise.seconds)
+    stored_clips = min(clips, QUEUED_PER_WORKER * cluster.cpus + 2 * clips_per_shard)
+    suggestion = suggest(rates, clips_per_shard, threads, fused=fused.seconds < reencode.seconds + featurise.seconds)
     return Estimate(
         clips=clips,
         good=good,
@@ -234,7 +234,7 @@ def estimate(clips: int, rates: Rates, cluster: Cluster, *, clips_per_shard: int
         shards=shards,
         files=2 * (FILES_PER_SHARD * shards + FILES_PER_DATASET),
         suggestion=suggestion,
-        memory={group.name: memory(group, rates, cluster, suggestion, clips_per_shard) for group in cluster.nodes},
+        memory={group.name: memory(group, rates, cluster, suggestion, stored_clips) for group in cluster.nodes},
     )
 
 
@@ -270,27 +270,25 @@ def decode_threads(rates: Rates, cluster: Cluster) -> int:
     return max(1, min(wanted, *(group.cpus // group.gpus for group in cluster.nodes if group.gpus)))
 
 
-def suggest(rates: Rates, cluster: Cluster, clips: int, clips_per_shard: int, threads: int, *, fused: bool) -> Suggestion:
-    """Options that keep the cluster busy: enough shards open for every worker, batches that are full, clips decoded ahead."""
+def suggest(rates: Rates, clips_per_shard: int, threads: int, *, fused: bool) -> Suggestion:
+    """Options that keep the cluster busy: clips decoded ahead, and calls that are long enough for full batches."""
     decode_ahead = QUEUED_PER_WORKER * threads
     batch = int(rates.options["tower"]["batch_segments"])
     full = math.ceil(batch / (MAX_PARTIAL_BATCHES * rates.segments))  # at most one batch of a call is not full
-    chunk_clips = min(clips_per_shard, max(decode_ahead, full))
-    actors = cluster.gpus if rates.device == "cuda" else cluster.cpus // int(rates.options["tower"]["threads"])
-    clips_in_flight = min(clips, QUEUED_PER_WORKER * max(cluster.cpus, actors * chunk_clips))
-    return Suggestion(1 + math.ceil(clips_in_flight / clips_per_shard), chunk_clips, threads, decode_ahead, fused)
+    return Suggestion(min(clips_per_shard, max(decode_ahead, full)), threads, decode_ahead, fused)
 
 
-def memory(group: NodeGroup, rates: Rates, cluster: Cluster, suggestion: Suggestion, clips_per_shard: int) -> Memory:
+def memory(group: NodeGroup, rates: Rates, cluster: Cluster, suggestion: Suggestion, stored_clips: int) -> Memory:
     """What one machine of the group needs at most with the suggested options."""
     on_gpu = rates.device == "cuda"
     actors = group.gpus if on_gpu else group.cpus // int(rates.options["tower"]["threads"])
     waiting = math.ceil(int(rates.options["tower"]["batch_segments"]) / rates.segments)  # clips whose last segments wait for a full batch
-    held = (CALLS_PER_GPU_ACTOR if on_gpu else 1) * (suggestion.decode_ahead + waiting)
+    calls = CALLS_PER_GPU_ACTOR if on_gpu else 1
+    buffers = calls * (suggestion.decode_ahead + waiting) * rates.decoded_bytes
     return Memory(
-        reencode_bytes=float(group.cpus * rates.encode_process_bytes),
-        featurise_bytes=float(actors) * (rates.actor_process_bytes + held * rates.decoded_bytes),
-        object_store_bytes=suggestion.in_flight * clips_per_shard * rates.media_bytes / cluster.machines,
+        reencode_bytes=float(group.cpus * (rates.worker_process_bytes + rates.decoder_process_bytes)),
+        featurise_bytes=float(actors) * (rates.actor_process_bytes + calls * suggestion.decode_threads * rates.decoder_process_bytes + buffers),
+        object_store_bytes=stored_clips * rates.media_bytes / cluster.machines,
     )
 
 
@@ -311,10 +309,10 @@ def text(result: Estimate, rates: Rates, cluster: Cluster) -> str:
         "",
         f"both stages one after the other: {duration(result.sequential_seconds)}; fused: {duration(result.fused.seconds)}",
         f"media {_size(result.media_bytes)}, features {_size(result.feature_bytes)}: {result.shards:,} shards each, {result.files:,} files in all",
-        f"suggested: in_flight={options.in_flight} chunk_clips={options.chunk_clips} decode_threads={options.decode_threads} "
+        f"suggested: chunk_clips={options.chunk_clips} decode_threads={options.decode_threads} "
         f"decode_ahead={options.decode_ahead} fused={str(options.fused).lower()} tower.device={rates.device}",
         "",
-        "memory of one machine (processes, and Ray's object store beside them):",
+        "memory of one machine (its processes, and Ray's object store beside them):",
     ]
     for group in cluster.nodes:
         need = result.memory[group.name]
@@ -335,7 +333,7 @@ def assumptions(rates: Rates, cluster: Cluster) -> list[str]:
         f"batches of {rates.options['tower']['batch_segments']} segments, x264 preset {rates.options['encode']['preset']}",
         "reading, computing and writing overlap completely; no machine fails; starting Ray, listing the clips and Ray's own work are not counted",
         "the machine that writes a shard receives its clips from those that encoded them; nothing else crosses the network twice",
-        f"{QUEUED_PER_WORKER} units of work in flight for each worker, and at most {MAX_PARTIAL_BATCHES:.0%} of the segments in batches not full",
+        f"{QUEUED_PER_WORKER} clips in flight for each worker (in_flight=0), and at most {MAX_PARTIAL_BATCHES:.0%} of the segments in part batches",
     ]
     if rates.device == "cuda":
         lines.append("re-encoding uses the processors of all machines; featurising, and all of fused=true, only machines that have GPUs")

@@ -27,7 +27,8 @@ RATES = Rates(
     media_bytes=2e6,
     feature_bytes=4e5,
     decoded_bytes=7e7,
-    encode_process_bytes=500_000_000,
+    worker_process_bytes=400_000_000,
+    decoder_process_bytes=100_000_000,
     actor_process_bytes=3_000_000_000,
     device="cuda",
     gpu_kind="GPU 9",
@@ -80,16 +81,16 @@ def test_suggestions_keep_every_worker_busy() -> None:
     options = estimate(64_000, RATES, CLUSTER, clips_per_shard=60).suggestion
     assert options.chunk_clips == 43  # 43 x 30 segments hold 20 full batches of 64, and 64 / 1290 is 5 %
     assert options.decode_ahead == 6
-    assert options.in_flight == 1 + 12  # 8 GPUs with two calls of 43 clips each are 688, more than two for each of 128 processors
-    assert estimate(70, RATES, CLUSTER, clips_per_shard=60).suggestion.in_flight == 3  # no more than there is
     assert estimate(64_000, RATES, CLUSTER, clips_per_shard=20).suggestion.chunk_clips == 20  # no more than a shard
 
 
 def test_memory_counts_processes_buffers_and_the_object_store() -> None:
     need = estimate(64_000, RATES, CLUSTER, clips_per_shard=60).memory
     assert need["plain"].reencode_bytes == 32 * 5e8 and need["plain"].featurise_bytes == 0
-    assert need["fast"].featurise_bytes == pytest.approx(4 * (3e9 + 2 * (6 + 3) * 7e7))  # two calls, each 6 clips ahead and 3 in unfinished batches
-    assert need["fast"].object_store_bytes == pytest.approx(13 * 60 * 2e6 / 5)
+    assert need["fast"].featurise_bytes == pytest.approx(
+        4 * (3e9 + 2 * 3 * 1e8 + 2 * (6 + 3) * 7e7)
+    )  # two calls: 3 decoders, 6 clips ahead, 3 in batches
+    assert need["fast"].object_store_bytes == pytest.approx((2 * 128 + 2 * 60) * 2e6 / 5)
 
 
 def test_decoding_that_cannot_keep_ahead_limits_the_gpus() -> None:
@@ -124,7 +125,17 @@ def test_other_gpus_than_those_measured_are_refused() -> None:
 
 def test_what_is_printed_states_figures_and_assumptions() -> None:
     printed = text(estimate(64_000, RATES, CLUSTER, clips_per_shard=60), RATES, CLUSTER)
-    for part in ("64,000 clips", "60,800 of them good", "25 min, cpu", "13 min, gpu", "media 121.6 GB", "in_flight=13", "CPU 7", "GPU 9", "assumed:"):
+    for part in (
+        "64,000 clips",
+        "60,800 of them good",
+        "25 min, cpu",
+        "13 min, gpu",
+        "media 121.6 GB",
+        "chunk_clips=43 decode_threads=3",
+        "CPU 7",
+        "GPU 9",
+        "assumed:",
+    ):
         assert part in printed
     assert "more than its" not in printed
     crowded = replace(CLUSTER, nodes=[replace(group, memory_gb=16.0) for group in CLUSTER.nodes])
