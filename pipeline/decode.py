@@ -33,7 +33,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
-from av.sidedata.sidedata import SideData
+from av.sidedata.sidedata import SideData, SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -462,7 +462,8 @@ class PictureFit:
 
     def turns(self, frame: VideoFrame) -> tuple[str, ...]:
         """Filters that undo a display matrix: `transpose=...`, `hflip`, `vflip`, by ffmpeg's rule."""
-        side_data = cast(Iterable[SideData], frame.side_data)  # typed as a dict, built as a sequence
+        # `frame.side_data` would refer to the frame and the frame to it: whole clips of decoded pictures then wait for Python's collector.
+        side_data = cast(Iterable[SideData], SideDataContainer(frame))  # type: ignore[call-arg]  # typed as a dict, built as a sequence
         data = next((item for item in side_data if item.type == SideDataType.DISPLAYMATRIX), None)
         if data is None:
             return ()

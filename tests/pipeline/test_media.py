@@ -1,5 +1,6 @@
 """Media on one clock: made clips with a flash and a click, against slow oracles, ffmpeg's own decoder and the reference's frames."""
 
+import gc
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import wave as wavefile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 
 from pipeline.decode import hold, scaled_size
 from pipeline.media import EncodeConfig, MediaError, decode, decode_audio, decode_video, mux, open_clip, reencode, write_wav
@@ -523,6 +526,20 @@ def reference_clip() -> Path:
     if not path.exists():
         pytest.skip(f"no {path}")
     return path
+
+
+@pytest.mark.parametrize("work", [decode, reencode])
+def test_decoded_pictures_are_let_go_one_by_one(tmp_path: Path, work: Callable) -> None:
+    """A clip of 4K pictures is gigabytes, and Python's collector does not run for a few hundred objects."""
+    make_clip(tmp_path / "clip.mp4", seconds=Fraction(3), rotation_degrees=90)
+    gc.collect()
+    gc.disable()
+    try:
+        clip = work(tmp_path / "clip.mp4")
+        alive = sum(isinstance(item, VideoFrame) for item in gc.get_objects())
+    finally:
+        gc.enable()
+    assert clip is not None and alive < 5
 
 
 def test_pictures_and_sound_are_the_references(shared: Path, reference_clip: Path) -> None:
