@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from configs import cli, load
-from pipeline import demo
+from pipeline import demo, estimate
 from train import vaura
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,17 +36,19 @@ def test_every_job_is_there_and_has_help(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_options_in_the_readme_exist() -> None:
-    commands = re.findall(r"^soundshard (\w+) (.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^soundshard ([\w-]+) (.*)$", README, re.MULTILINE)
     assert len(commands) >= 5
     for job, arguments in commands:
         module = importlib.import_module(cli.JOBS[job][0])
-        schema = next(value for name, value in vars(module).items() if name.lower() == f"{job}config")
+        schema = next(value for name, value in vars(module).items() if name.lower() == f"{job.replace('-', '')}config")
         load.load(schema, arguments.split("#")[0].split())
 
 
 def test_every_yaml_fits_its_schema() -> None:
     schemas = {"demo": demo.DemoConfig, "train_vaura": vaura.TrainConfig}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(schemas)
+    assert {path.name for path in (ROOT / "configs" / "cluster").glob("*.yaml")} == {"example_cluster.yaml", "rayjob.yaml"}
+    load.load(estimate.Cluster, ["config=cluster/example_cluster"])  # the RayJob is Kubernetes' matter: tests/configs/test_cluster_recipes.py
     load.load(demo.DemoConfig, ["config=demo"])
     load.load(vaura.TrainConfig, ["config=train_vaura", "data=x", "out=y"])
     sections = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
