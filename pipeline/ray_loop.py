@@ -63,12 +63,12 @@ class Cluster:
                 include_dashboard=False,
                 object_store_memory=self._config.object_store_mb << 20,
                 _node_ip_address="127.0.0.1",
-                # Workers print through the driver's summary and ledgers, not into its progress line.
+                # Workers speak through ledgers and the summary, Ray's deaths of nodes and workers through the loop, not into its progress line.
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                logging_level=logging.CRITICAL,
             )
         else:
-            ray.init(address=self._config.address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=self._config.address, log_to_driver=False, logging_level=logging.CRITICAL)
 
     def stop(self) -> None:
         """End what `start` started."""
@@ -199,6 +199,8 @@ class _Loop:
             self._collect()
             if frozen := self.watch.poll():
                 self._restart_on_others(frozen)
+            while self.watch.gone:
+                self.progress.note(f"node {self.watch.gone.pop()[:8]} has left; what it was doing is done again on others")
             self.progress.update(self.tally.snapshot())
             self.metrics.shards(in_flight=len(self.open), to_do=self.left)
         return Ran(self.tally.snapshot(), self.clips, self.workers.count, time.monotonic() - started, self.restarted)

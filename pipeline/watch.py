@@ -47,6 +47,8 @@ class Watch:
         self._nodes: dict[str, _Watched] = {}
         self._listed = -LIST_SECONDS
         self.frozen: set[str] = set()
+        self.gone: list[str] = []
+        """Nodes that have left since this was last emptied. Ray itself does their work again."""
 
     def poll(self) -> set[str]:
         """Nodes found frozen since the last call. Takes no longer than a look at what has arrived."""
@@ -80,6 +82,7 @@ class Watch:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {self._own}
         for node in set(self._nodes) - alive:  # dead for Ray too, which repeats its work elsewhere
             del self._nodes[node]
+            self.gone.append(node)
             self.frozen.discard(node)
         for node in alive - set(self._nodes):
             sentinel = _sentinel(node)

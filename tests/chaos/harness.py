@@ -25,13 +25,18 @@ from configs import storage
 from tests.pipeline.clips import make_clip
 
 POISON = Path(__file__).parent / "poison"
-HEALTH = {
+CLUSTER = {
+    # Nodes and driver meet on the loopback address, to which Ray otherwise prefers the machine's own.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's own check for dead nodes, as the cluster recipes set it.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
 }
+NOT_WORKING = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 BAD = ("truncated", "text", "empty", "silent", "segfault", "hang", "hog")
 
 
@@ -82,7 +87,7 @@ class Nodes:
 
     def __enter__(self) -> "Nodes":
         self._before = dict(os.environ)
-        os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **HEALTH, **self.environment})
+        os.environ.update({**CLUSTER, **self.environment})
         common = {"include_dashboard": False, "node_ip_address": "127.0.0.1"}
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20, **common})
         self.nodes: list[Any] = []
@@ -117,7 +122,7 @@ class Nodes:
     def workers(self, name: str = "ray::") -> list[int]:
         """The nodes' worker processes that do something of that name now."""
         found = [process for node in self.nodes for process in descendants(raylet_of(node))]
-        return [process for process in found if command_of(process).startswith(name) and not command_of(process).startswith("ray::IDLE")]
+        return [process for process in found if (command := command_of(process)).startswith(name) and not command.startswith(NOT_WORKING)]
 
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:  # a stopped process does not hear that it should end
