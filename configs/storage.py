@@ -97,7 +97,7 @@ def parent(path: AnyPath) -> str:
 
 def _text(path: AnyPath) -> str:
     """The path as text. pathlib turns the two slashes after a scheme into one; here they are two again."""
-    return re.sub(rf"^({'|'.join(SCHEMES)}):/+", r"\1://", os.fspath(path))
+    return re.sub(rf"^({'|'.join(SCHEMES)}):/(?=[^/])", r"\1://", os.fspath(path))
 
 
 def _split(path: AnyPath) -> tuple[str, str, str] | None:
@@ -482,6 +482,7 @@ ADVICE = {
     "InvalidToken": f"the session token is not valid: renew {_KEYS}",
     "AuthorizationHeaderMalformed": "the region is wrong: set AWS_REGION to the bucket's",
     "incorrectly configured region": "the region is wrong: set AWS_REGION to the bucket's",
+    "ETag Header missing": "the store gives no ETags, as S3 does; it cannot be used",
     "AuthenticationFailed": "the credentials are wrong: correct AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     "Account must be specified": f"the account is not named: {_AZURE}",
     "169.254.169.254": "",
@@ -518,7 +519,7 @@ def _patiently(path: str, operation: Callable[[], T]) -> T:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether waiting may cure it: anything but a clear refusal."""
-    refused = re.search(r"status code: 4(?!08|29)\d\d", str(error))
+    refused = re.search(r"status code: 4(?!08|29)\d\d|AccessDenied", str(error))
     return isinstance(error, (GenericError, _BrokenOffError)) and not refused and not any(pattern in str(error) for pattern in ADVICE)
 
 
@@ -527,7 +528,7 @@ def _failure(path: str, error: BaseException) -> StorageError:
     advice = next((advice for pattern, advice in ADVICE.items() if pattern in text), None)
     if advice == "":
         advice = f"there are no credentials: {NO_CREDENTIALS[path.partition('://')[0]]}"
-    if advice is None and ("403 Forbidden" in text or "401 Unauthorized" in text):
+    if advice is None and re.search("403 Forbidden|401 Unauthorized|AccessDenied", text):
         advice = "the credentials do not allow this: give them the right to read, write, list and delete there"
     if advice is None and "Precondition" in type(error).__name__:
         advice = "it was replaced while it was read: run the job again"

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -58,7 +59,14 @@ class S3:
 
     def unfinished_uploads(self) -> list[str]:
         """Multipart uploads in the whole bucket that were begun and neither completed nor aborted."""
-        request = urllib.request.Request(f"{self.filer}/buckets/{BUCKET}/.uploads/", headers={"Accept": "application/json"})
+        return self._listed(f"/buckets/{BUCKET}/.uploads")
+
+    def unfinished_parts(self) -> list[str]:
+        """What has been sent of those."""
+        return [part for upload in self.unfinished_uploads() for part in self._listed(upload)]
+
+    def _listed(self, folder: str) -> list[str]:
+        request = urllib.request.Request(f"{self.filer}{folder}/", headers={"Accept": "application/json"})
         try:
             with urllib.request.urlopen(request) as answer:
                 return [entry["FullPath"] for entry in json.load(answer).get("Entries") or []]
@@ -206,6 +214,8 @@ class Proxy:
     """(method, path and query) of every request, those with faults included."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     began: float | None = None
+    opaque_etags: bool = False
+    """Whether objects get ETags that are no md5, as those of some encrypted buckets are. An upload's parts keep theirs."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.faults.seed)
@@ -259,6 +269,10 @@ def proxied(target: S3, faults: Faults) -> Iterator[Proxy]:
             if fault == "lost_response":
                 return
             headers = {name: value for name, value in response.getheaders() if name.lower() not in ("transfer-encoding", "connection")}
+            if proxy.opaque_etags and "partNumber" not in self.path:
+                headers = {name: re.sub("[0-9a-f]{32}", "opaque", value) if name.lower() == "etag" else value for name, value in headers.items()}
+                content = re.sub(rb"(<ETag>[^<]*)[0-9a-f]{32}", rb"\1opaque", content)
+                headers |= {} if self.command == "HEAD" else {"Content-Length": str(len(content))}
             self._answer(response.status, headers, content, length=len(content) // 2 if fault == "cut_response" else None)
 
         def _answer(self, status: int, headers: dict[str, str], content: bytes, length: int | None = None) -> None:
