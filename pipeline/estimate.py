@@ -312,7 +312,7 @@ def text(result: Estimate, rates: Rates, cluster: Cluster) -> str:
         f"suggested: chunk_clips={options.chunk_clips} decode_threads={options.decode_threads} "
         f"decode_ahead={options.decode_ahead} fused={str(options.fused).lower()} tower.device={rates.device}",
         "",
-        "memory of one machine (its processes, and Ray's object store beside them):",
+        "memory of one machine, at most (what its processes share is counted in each; Ray's object store beside them):",
     ]
     for group in cluster.nodes:
         need = result.memory[group.name]
