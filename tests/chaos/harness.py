@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ CLUSTER = {
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
 }
-NOT_WORKING = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+NOT_WORKING = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::Sentinel")
 BAD = ("truncated", "text", "empty", "silent", "segfault", "hang", "hog")
 
 
@@ -163,7 +164,7 @@ def command_of(process: int) -> str:
 
 def decoders() -> list[int]:
     """Every isolated decoding process on this machine that works for a test's clips."""
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and "isolate" in command_of(int(entry)).split(" -c ")[0]]
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and "-c from pipeline.isolate" in command_of(int(entry))]
 
 
 class Driver:
@@ -173,11 +174,11 @@ class Driver:
         path = [str(POISON)] if poison else []
         inherited = {**os.environ, **(environment or {})}
         paths = [*path, *filter(None, [inherited.get("PYTHONPATH")])]
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         self.process = subprocess.Popen(
             [sys.executable, "-m", "configs.cli", job, *arguments],
-            stdout=subprocess.PIPE,
+            stdout=self._printed,
             stderr=subprocess.STDOUT,
-            text=True,
             env={**inherited, "PYTHONPATH": os.pathsep.join(paths), "RAY_AUTH_MODE": "disabled"},
         )
         self.text = ""
@@ -185,17 +186,22 @@ class Driver:
     def wait(self, seconds: float = 600.0) -> int:
         """The exit status; what was printed is in `text`."""
         try:
-            self.text = self.process.communicate(timeout=seconds)[0]
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.text = self.process.communicate()[0]
+            self.kill()
             raise AssertionError(f"no end after {seconds:.0f} s; it printed:\n{self.text[-4000:]}") from None
+        self._read()
         return self.process.returncode
 
     def kill(self) -> None:
         """As a machine that loses its power."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self._read()
+
+    def _read(self) -> None:
+        self._printed.seek(0)
+        self.text = self._printed.read().decode(errors="replace")
 
 
 def sha256s(root: str) -> dict[str, str]:

@@ -15,7 +15,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ from configs import storage
 from tests.chaos.harness import BAD, Driver, Nodes, check, command_of, decoders, descendants, make_inputs, sha256s
 from tests.pipeline.networks import small_networks
 from tests.s3 import server
+
+LONGEST_SECONDS = 1500
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Chaos:
     def run(self) -> None:
         """Until the driver ends."""
         choice, began, node_times = random.Random(self.seed), time.monotonic(), [8.0 + 15 * n for n in range(self.node_kills)]
-        while self.driver.process.poll() is None:
+        while self.driver.process.poll() is None and time.monotonic() - began < LONGEST_SECONDS:
             time.sleep(self.kill_seconds)
             if workers := self.nodes.workers():
                 victim = choice.choice(sorted(workers))
@@ -87,12 +88,10 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
         cluster = stack.enter_context(Nodes({**poison, **(s3.environment if s3 else {})}, nodes))
         driver = Driver(job, *arguments, f"out={out}", f"ray.address={cluster.cluster.address}", "freeze_seconds=20")
         chaos = Chaos(cluster, driver, seed, kill_seconds, node_kills)
-        thread = threading.Thread(target=chaos.run)
         started = time.monotonic()
-        thread.start()
-        status = driver.wait(1200)
+        chaos.run()
         seconds = time.monotonic() - started
-        thread.join()
+        status = driver.wait()
         time.sleep(3)
         wrong = [] if status == 0 else [f"exit status {status}: {driver.text[-2000:]}"]
         for dataset in ("media", "features") if job == "prepare" else ("",):
