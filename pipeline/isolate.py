@@ -64,6 +64,7 @@ WORDS_CHARACTERS = 600
 STOP_SECONDS = 10.0
 """How long a killed process may take to end."""
 PR_SET_PDEATHSIG = 1
+SIGNALS = {number.value: number.name for number in signal.Signals}
 
 T = TypeVar("T")
 
@@ -73,9 +74,10 @@ class Limits:
     """What decoding or encoding one clip may cost."""
 
     clip_seconds: float = 300.0
-    """Wall-clock seconds after which a clip counts as hanging and is given up with the reason `timeout`."""
-    clip_memory_mb: int = 4096
-    """Address space in MiB that one clip may add to the process that works on it, the result included; beyond it the reason is `out_of_memory`."""
+    """Wall-clock seconds after which a clip counts as hanging and is given up with the reason `timeout`. Re-encoding 10 s of 720p takes 4."""
+    clip_memory_mb: int = 2048
+    """Address space in MiB that one clip may add to the process that works on it, the result included; beyond it the reason is `out_of_memory`.
+    It may have taken 1024 more when that is noticed. Re-encoding takes 80 for 720p, 280 for 8K; decoding 9 a second at 256 x 454 pixels."""
 
     def __post_init__(self) -> None:
         if self.clip_seconds <= 0:
@@ -85,14 +87,22 @@ class Limits:
 
 
 def call(function: Callable[..., T], *arguments: Any, limits: Limits) -> T:
-    """`function(*arguments)` in this thread's own child process, which ends with the thread. See `Child.call`."""
-    child: Child | None = getattr(_of_thread, "child", None)
-    if child is None or child.limits != limits:
-        child = _of_thread.child = Child(limits)
-    return child.call(function, *arguments)
+    """`function(*arguments)` in one of this process's children, as many as there are calls at the same time. See `Child.call`.
+
+    They stay for later calls, whichever thread makes them: the threads that decode come and go faster than a child starts.
+    """
+    try:
+        child = _idle.pop()
+    except IndexError:
+        child = Child(limits)
+    child.limits = limits
+    try:
+        return child.call(function, *arguments)
+    finally:
+        _idle.append(child)
 
 
-_of_thread = threading.local()
+_idle: "deque[Child]" = deque()
 
 
 class Child:
@@ -214,7 +224,7 @@ class _Process:
         return array
 
     def _wait(self, seconds: float, most_bytes: int = sys.maxsize) -> tuple[bytes, deque[int]] | None:
-        """The child's next message, or None if it ended instead. Raises TimeoutError, and MemoryError if it has grown beyond `most_bytes` until then.
+        """The child's next message, or None if it ended instead. Raises TimeoutError, or MemoryError if it has grown beyond `most_bytes`.
 
         Time in which this process itself was stopped (a frozen node) is not held against the child.
         """
@@ -266,7 +276,7 @@ class _Process:
         while self._listen():
             pass
         code = self._popen.returncode
-        how = "does not answer" if code is None else f"ended with status {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
+        how = "does not answer" if code is None else f"ended with status {code}" if code >= 0 else f"died of {SIGNALS.get(-code, -code)}"
         words = last_words(self._words.decode(errors="replace"))
         return f"{how}: {words}" if words else how
 
@@ -324,14 +334,15 @@ def _start_from_lasting_thread(socket_fd: int) -> "subprocess.Popen[bytes]":
 
 def _popen(socket_fd: int) -> "subprocess.Popen[bytes]":
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # numpy would take address space for one per processor
+    # Address space for memory, not for a pool per thread: numpy's, one per processor, and malloc's, 64 MiB each.
+    lean = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", "from pipeline.isolate import serve; serve()", str(socket_fd), str(os.getpid())],
+        [sys.executable, "-P", "-m", "pipeline.isolate", str(socket_fd), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(socket_fd,),
-        env=os.environ | one_thread | {"PYTHONPATH": paths},
+        env=os.environ | lean | {"PYTHONPATH": paths},
         start_new_session=True,  # a group to kill at once, and out of reach of the terminal's Ctrl-C
     )
 
@@ -386,9 +397,11 @@ def _send(connection: socket.socket, payload: bytes, files: Sequence[int] = ()) 
 def _receive(connection: socket.socket) -> tuple[bytes, deque[int]] | None:
     """One message and its file descriptors; None when the other side is gone."""
     try:
-        data, files, _, _ = socket.recv_fds(connection, INLINE_BYTES + 1, MAX_SHARED + 1)
+        data, files, flags, _ = socket.recv_fds(connection, INLINE_BYTES + 1, MAX_SHARED + 1, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         return None
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, "this process may open no more files, not even the memory of a decoded clip; raise `ulimit -n`")
     if not data:
         return None
     files = deque(files)
@@ -404,7 +417,7 @@ def _receive(connection: socket.socket) -> tuple[bytes, deque[int]] | None:
 
 @dataclass(eq=False)
 class _Slab:
-    """A piece of memory that both processes map."""
+    """A piece of memory that both processes map, or will."""
 
     number: int
     capacity: int
@@ -450,14 +463,16 @@ class _Slabs:
 
     def take_back(self, numbers: Sequence[int]) -> None:
         """The parent has no more arrays on these. Of what is free then, the last used is kept."""
-        unsent = [slab for slab in self._made.values() if slab.array is None or slab.array() is None]
-        self.forgotten = [slab.number for slab in self._made.values() if slab not in unsent]  # still used by who made it
+        unsent = list(self._made.values())
+        in_use = [slab for slab in unsent if slab.array is not None and slab.array() is not None]  # by the function that made it
         self._made.clear()
-        self._free = [self._lent.pop(number) for number in reversed(numbers)] + unsent + self._free
-        sizes = accumulate(slab.capacity for slab in self._free)
-        kept = sum(size <= SPARE_BYTES for size in sizes)
-        self.forgotten += [slab.number for slab in self._free[kept:]]
-        del self._free[kept:]
+        self._free = [self._lent.pop(number) for number in reversed(numbers)] + [slab for slab in unsent if slab not in in_use] + self._free
+        kept = sum(size <= SPARE_BYTES for size in accumulate(slab.capacity for slab in self._free))
+        forgotten, self._free = in_use + self._free[kept:], self._free[:kept]
+        self.forgotten = [slab.number for slab in forgotten]
+        for slab in forgotten:
+            if slab.file is not None:
+                os.close(slab.file)
 
     def _fitting(self, size: int) -> _Slab:
         fitting = [slab for slab in self._free if size <= slab.capacity <= 2 * size]
@@ -532,13 +547,13 @@ def _reply(status: str, value: Any, slabs: _Slabs) -> tuple[_Reply, list[int]]:
     places: list[_Place | bytearray] = []
     files: list[int] = []
     for buffer in buffers:
-        with buffer.raw() as raw:
-            if raw.nbytes < SHARED_BYTES or len(files) == MAX_SHARED:
-                places.append(bytearray(raw))
-            else:
-                place, file = slabs.place(raw)
-                places.append(place)
-                files += [] if file is None else [file]
+        raw = buffer.raw()
+        if raw.nbytes < SHARED_BYTES or len(files) == MAX_SHARED:
+            places.append(bytearray(raw))
+        else:
+            place, file = slabs.place(raw)
+            places.append(place)
+            files += [] if file is None else [file]
     return _Reply(status, stream, places, slabs.forgotten), files
 
 
@@ -552,3 +567,9 @@ def _pickled(error: BaseException) -> bytes:
         return stream
     except Exception:  # pickling calls the exception's own code
         return pickle.dumps(RuntimeError("".join(traceback.format_exception(error))), 5)
+
+
+if __name__ == "__main__":
+    from pipeline.isolate import serve as _serve  # not as part of `__main__`, whose classes the parent could not unpickle
+
+    _serve()

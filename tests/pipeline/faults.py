@@ -64,6 +64,11 @@ def sleep_in_c(seconds: int) -> None:
     ctypes.PyDLL(None).sleep(seconds)
 
 
+def nap(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
 def burn(path: Path, seconds: float) -> None:
     """Says who it is and computes for a time that does not pass while it is stopped."""
     write(path, str(os.getpid()))
