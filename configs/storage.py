@@ -31,7 +31,7 @@ import obstore.store
 from obstore.exceptions import BaseError, GenericError
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta
+    from obstore import Bytes, GetOptions, ObjectMeta
     from obstore.store import ObjectStore
 
 AnyPath = str | os.PathLike
@@ -42,7 +42,7 @@ PART_BYTES = 8 << 20
 CONCURRENT_PARTS = 4
 RETRY_SECONDS = 180.0
 """How long an operation is tried again while storage answers 5xx, drops connections or is silent."""
-UPLOAD_TRIES = 3
+UPLOAD_TRIES = 5
 """Whole uploads that are begun again because what arrived differs from what was sent."""
 ENVIRONMENT = ("AWS_", "GOOGLE_", "AZURE_")
 log = logging.getLogger(__name__)
@@ -212,10 +212,10 @@ def read_bytes(path: AnyPath, start: int | None = None, end: int | None = None) 
             return file.read() if end is None else file.read(end - begin)
     if end == begin:
         return b""
-    return _read(text, None if start is None and end is None else {"offset": begin} if end is None else (begin, end))
+    return bytes(_read(text, None if start is None and end is None else {"offset": begin} if end is None else (begin, end)))
 
 
-def _read(path: str, wanted: Any, tag: str | None = None) -> bytes:
+def _read(path: str, wanted: Any, tag: str | None = None) -> "Bytes":
     """One GET. `tag`: the ETag that the object must still have."""
     options: GetOptions = {}
     if wanted is not None:
@@ -223,14 +223,14 @@ def _read(path: str, wanted: Any, tag: str | None = None) -> bytes:
     if tag is not None:
         options["if_match"] = tag
 
-    def get() -> bytes:
+    def get() -> "Bytes":
         try:
             got = obstore.get(_store(path), _place(path)[2], options=options)
         except BaseError as error:
             if "416 Range Not Satisfiable" in str(error):  # the file ends before the range begins
-                return b""
+                return obstore.Bytes()
             raise
-        data, expected = bytes(got.bytes()), got.range[1] - got.range[0]
+        data, expected = got.bytes(), got.range[1] - got.range[0]
         if len(data) != expected:
             raise _BrokenOffError(f"storage sent {len(data)} of {expected} bytes")
         return data

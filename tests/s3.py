@@ -180,6 +180,9 @@ def _is_free(port: int) -> bool:
 # --- a proxy that misbehaves ----------------------------------------------------------------------------------------------------------
 
 
+FAULTS = ("error", "cut_request", "cut_response", "lost_response", "spoilt_request")
+
+
 @dataclass(frozen=True)
 class Faults:
     """What a share of the requests meets, while it lasts."""
@@ -193,9 +196,11 @@ class Faults:
     lost_response: float = 0.0
     """The server does it, and the connection ends before the client hears of it."""
     spoilt_request: float = 0.0
-    """One bit of the request's body changes on the way."""
+    """One bit of the request's body changes on the way (where it has one)."""
     seconds: float = 1e9
     """How long it lasts, from the first request on."""
+    most: int = 1 << 30
+    """How many requests meet one."""
     seed: int = 0
     methods: tuple[str, ...] = ("GET", "HEAD", "PUT", "POST", "DELETE")
     """Only these."""
@@ -226,9 +231,10 @@ class Proxy:
             self.requests.append((method, path))
             self.began = self.began or time.monotonic()
             draw = self.random.random()
-            if time.monotonic() - self.began > self.faults.seconds or method not in self.faults.methods:
+            over = time.monotonic() - self.began > self.faults.seconds or self.happened.total() >= self.faults.most
+            if over or method not in self.faults.methods:
                 return None
-            for name in ("error", "cut_request", "cut_response", "lost_response", "spoilt_request"):
+            for name in FAULTS:
                 draw -= getattr(self.faults, name)
                 if draw < 0:
                     self.happened[name] += 1
