@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from shards.dataset import DatasetMismatch, create_or_check, new_info
+from shards.order import Order, check_lanes, counter_hash
 from shards.read import Index
-from shards.stream import FeatureStream, Order, StreamConfig, check_lanes, counter_hash, prefetched
+from shards.stream import FeatureStream, StreamConfig, prefetched
 from shards.write import Entry, json_bytes, write_shard
 
 HOP_FRAMES, WIDTH, CODEBOOKS = 8, 5, 3
