@@ -260,6 +260,30 @@ def local_copy(path: AnyPath, folder: AnyPath | None = None) -> Path:
     return copy
 
 
+def local_folder(path: AnyPath) -> Path:
+    """A local folder with these files: the path itself if it is local, else a copy in the cache folder, of which each version has its own."""
+    text = _text(path)
+    if not is_remote(text):
+        return Path(text)
+    found = sorted(scan(text), key=lambda stat: stat.path)
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no objects under this prefix", text)
+    copy = cache_dir() / "folders" / sha256("\n".join(f"{stat.path} {stat.version}" for stat in found).encode()).hexdigest()[:16]
+    for stat in found:
+        place = copy / stat.path[len(text.rstrip("/")) + 1 :]
+        if not place.is_file():
+            with writing(place) as file:
+                _download(stat, file)
+    return copy
+
+
+def only_local(path: AnyPath, *, option: str) -> Path:
+    """The path, for what cannot live in an object store. Raises ValueError if it is remote."""
+    if is_remote(path):
+        raise ValueError(f"{option} is {_text(path)!r}; it must be a local folder, which is copied to object storage afterwards if it is to be there")
+    return Path(path)
+
+
 def cache_dir() -> Path:
     """Where what is fetched lives: $SOUNDSHARD_CACHE, or ~/.cache/soundshard."""
     return Path(os.environ.get("SOUNDSHARD_CACHE") or Path.home() / ".cache" / "soundshard")

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from configs import storage
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS, CodecClock
 from model.vaura import Vaura, VauraConfig
 from model.weights import load_state, load_strictly, save_state, sha256_file
@@ -90,6 +91,11 @@ def read_config(folder: str | os.PathLike) -> RunConfig:
 def write_model(folder: str | os.PathLike, model: Vaura, *, name: str = LAST) -> None:
     """Write the decoder's weights under the released names, with its configuration in the file's metadata; whole or not at all."""
     save_state(Path(folder) / f"{name}.safetensors", model.state_dict(), asdict(model.config))
+
+
+def local_run(folder: str | os.PathLike) -> str:
+    """A run folder on this machine: the folder itself, or the cached copy of one in an object store."""
+    return os.fspath(storage.local_folder(folder))
 
 
 def read_model(folder: str | os.PathLike, *, name: str = LAST) -> Vaura:

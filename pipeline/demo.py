@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from configs import storage
 from configs.load import job_main
 from model.weights import resolve
 from pipeline.demo_results import HOW_TO_PUBLISHED, hear, page_data, results_line
@@ -49,7 +50,7 @@ class DemoConfig:
 
 def run(config: DemoConfig) -> Path:
     """Run every stage on clips made by program (or your own), then write a page with the results."""
-    out = Path(config.out)
+    out = storage.only_local(config.out, option="out")
     announce(config)
     ran = run_steps(plan_steps(config), out / "steps")  # synth, reencode, standin, featurise, train, generate
     heard = hear(out)
@@ -69,7 +70,7 @@ def announce(config: DemoConfig) -> None:
 
 def plan_steps(config: DemoConfig) -> list[Step]:
     """The commands, in order."""
-    out = Path(config.out)
+    out = storage.only_local(config.out, option="out")
     clips, media, networks, features, trained, generated = (out / name for name in ("clips", "media", "networks", "features", "run", "generated"))
     weights = PUBLISHED if config.weights == "published" else {name: networks / f"{name}.safetensors" for name in PUBLISHED}
     networks_used = {"tower.weights": weights["tower"]} | ({"codec.weights": weights["codec"]} if config.weights == "standin" else {})

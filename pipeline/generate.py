@@ -3,10 +3,12 @@
 import hashlib
 import json
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,17 @@ import torch
 from jaxtyping import Float16, Float32
 from tqdm import tqdm
 
+from configs import storage
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_SECONDS
 from configs.load import JobError, job_main, to_plain
 from model.generate import Sampling, generate_windows
-from model.run_folder import RunConfig, read_config, read_run_folder
+from model.run_folder import RunConfig, local_run, read_config, read_run_folder
 from model.weights import resolve, sha256_file
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import DTYPES, CodecOptions, Decoded, FeatureOptions, Featuriser, TowerOptions, open_codec
 from pipeline.featurise import cluster_device
-from pipeline.media import MediaError, decode_video, mux, write_wav
+from pipeline.isolate import Limits, call
+from pipeline.media import MediaError, decode_video, fetched, mux, write_wav
 from pipeline.ray_loop import RayConfig, cluster
 from shards.dataset import fingerprint
 from shards.read import Index
@@ -47,7 +51,7 @@ class GenerateConfig(DiscoverConfig):
     weights: str = "model"
     """Which weights of the run: `model` (the latest) or `best` (the smallest validation loss)."""
     out: str = "???"
-    """Folder for KEY.mp4, KEY.wav, KEY.json and ledger.parquet."""
+    """Where KEY.mp4, KEY.wav, KEY.json and ledger.parquet go: a folder or a prefix in an object store."""
     limit: int = 0
     """Videos to do at most, the first in the order of keys; 0 does all."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -86,26 +90,27 @@ class Job:
 
 def run(config: GenerateConfig) -> list[dict[str, Any]]:
     """Put generated sound under videos: for each an mp4 with the original pictures, a wav and a ledger row."""
-    trained = read_config(config.run)
+    local = local_run(config.run)
+    trained = read_config(local)
     segments = whole_segments(config.duration_seconds)
-    job = Job(*find_networks(config, trained), segments, request_id(config, segments))
-    clips, out = videos(config), Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    config = replace(config, run=storage.absolute(config.run), data=storage.absolute(config.data) if config.data else "")
+    job = Job(*find_networks(config, trained, local), segments, request_id(config, segments, local))
+    clips, out = videos(config), storage.absolute(config.out)
+    config = replace(config, out=out)
     todo = [clip for clip in clips if not _is_done(out, clip, job)]
     print(f"generate: {len(clips) - len(todo)} videos done, {len(todo)} to do", flush=True)
     if todo:
         with cluster(config.ray) as ray_cluster:
             ray_cluster.start()
             _generate_all(config, job, todo)
-    rows = [json.loads(_row_path(out, clip).read_text()) for clip in clips]
-    write_table(out / "ledger.parquet", rows)
+    rows = [json.loads(storage.read_bytes(_row_path(out, clip))) for clip in clips]
+    ledger = storage.join(out, "ledger.parquet")
+    write_table(ledger, rows)
     reasons = Counter(row["reason"] for row in rows if row["status"] == "failed")
     why = f" ({', '.join(f'{reason} {count}' for reason, count in sorted(reasons.items()))})" if reasons else ""
     print(f"generate: {len(rows) - reasons.total()} ok, {reasons.total()} failed{why} -> {out}", flush=True)
     if rows and reasons.total() == len(rows):
-        raise JobError(
-            f"generate: none of {len(rows)} videos could be done; {out / 'ledger.parquet'} has the reasons, the first is: {rows[0]['message']}"
-        )
+        raise JobError(f"generate: none of {len(rows)} videos could be done; {ledger} has the reasons, the first is: {rows[0]['message']}")
     return rows
 
 
@@ -130,7 +135,7 @@ class Generator:
 
     def __init__(self, config: GenerateConfig, job: Job) -> None:
         self.config, self.job = config, job
-        trained, model = read_run_folder(config.run, name=config.weights)
+        trained, model = read_run_folder(local_run(config.run), name=config.weights)
         self.window_segments = trained.window_segments
         # Contiguous segments from the start: V-AURA's own grid.
         options = FeatureOptions(hop_frames=SEGMENT_FRAMES, tower=replace(config.tower, weights=job.tower))
@@ -172,13 +177,13 @@ class Generator:
         return self.codec.decode(codes).float().clamp(-1, 1).cpu().numpy()
 
     def _source(self, clip: Clip) -> str | bytes:
-        return clip.source if self.media is None else self.media.bytes(self.media.row(clip.key), "mp4")
+        return fetched(clip.source) if self.media is None else self.media.bytes(self.media.row(clip.key), "mp4")
 
     def _decode(self, clip: Clip) -> Decoded:
         """Pictures of whole segments: cut to the duration asked for, or the last one filled up by holding the last picture."""
         if clip.reason:
             raise MediaError(clip.reason, clip.message or "")
-        frames = decode_video(self._source(clip), short_side=None if self.media else self.config.short_side)
+        frames = call(partial(decode_video, short_side=None if self.media else self.config.short_side), self._source(clip), limits=Limits())
         wanted = self.job.segments or -(-len(frames) // SEGMENT_FRAMES)
         if len(frames) < SEGMENT_FRAMES or len(frames) < self.job.segments * SEGMENT_FRAMES:
             raise MediaError(
@@ -188,23 +193,24 @@ class Generator:
         return Decoded(np.concatenate([frames, held])[: wanted * SEGMENT_FRAMES], None, own_frames=len(frames))
 
     def _write(self, clip: Clip, wave: np.ndarray, frames: int) -> dict[str, Any]:
-        out, seconds = Path(self.config.out), frames / FRAME_RATE_HZ
-        write_wav(out / f"{clip.key}.wav", wave, self.codec.sample_rate_hz)
-        try:
-            muxed = mux(self._source(clip), wave, self.codec.sample_rate_hz, out / f"{clip.key}.mp4", duration_seconds=seconds)
-        except MediaError as error:
-            return self._finish(clip, {"status": "failed", "reason": error.reason, "message": error.message})
-        return self._finish(clip, {"status": "ok", "duration_seconds": seconds, "mp4": muxed.path.name, "wav": f"{clip.key}.wav"})
+        seconds = frames / FRAME_RATE_HZ
+        with tempfile.TemporaryDirectory() as folder:
+            wav, mp4 = Path(folder, f"{clip.key}.wav"), Path(folder, f"{clip.key}.mp4")
+            write_wav(wav, wave, self.codec.sample_rate_hz)
+            try:
+                made = call(partial(mux, duration_seconds=seconds), self._source(clip), wave, self.codec.sample_rate_hz, mp4, limits=Limits())
+            except MediaError as error:
+                return self._finish(clip, {"status": "failed", "reason": error.reason, "message": error.message})
+            for path in (wav, made.path):
+                storage.write_bytes(storage.join(self.config.out, path.name), path.read_bytes())
+        return self._finish(clip, {"status": "ok", "duration_seconds": seconds, "mp4": made.path.name, "wav": wav.name})
 
     def _finish(self, clip: Clip, result: dict[str, Any]) -> dict[str, Any]:
         """Write the clip's row last: its presence says that the clip is done."""
         empty = {"status": None, "reason": None, "message": None, "duration_seconds": None, "mp4": None, "wav": None}
         seed = clip_seed(self.config.seed, clip.key)
         row = {"key": clip.key, "source": clip.source, **empty, **result, "seed": seed, "request": self.job.request}
-        path = _row_path(Path(self.config.out), clip)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row, indent=1, ensure_ascii=False))
-        temporary.replace(path)
+        storage.write_bytes(_row_path(self.config.out, clip), json.dumps(row, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
         return row
 
 
@@ -231,11 +237,11 @@ def whole_segments(duration_seconds: float) -> int:
     return segments
 
 
-def find_networks(config: GenerateConfig, trained: RunConfig) -> tuple[str, str]:
+def find_networks(config: GenerateConfig, trained: RunConfig, run: str) -> tuple[str, str]:
     """Weights files of tower and codec: the given ones, else those recorded with the run. Refuses others than the run was trained on."""
     found = []
     for name, given in (("tower", config.tower.weights), ("codec", config.codec_weights)):
-        path = resolve(given) if given else trained.weights_path(config.run, name)
+        path = resolve(given) if given else trained.weights_path(run, name)
         if path is None or not path.is_file():
             option = "tower.weights" if name == "tower" else "codec_weights"
             raise ValueError(f"the {name}'s weights that {config.run} was trained on are not at {path}; give {option}=FILE")
@@ -248,10 +254,10 @@ def find_networks(config: GenerateConfig, trained: RunConfig) -> tuple[str, str]
     return found[0], found[1]
 
 
-def request_id(config: GenerateConfig, segments: int) -> str:
+def request_id(config: GenerateConfig, segments: int, run: str) -> str:
     """A hash of what decides the sound: the decoder's weights and the options."""
     decides = {
-        "model": sha256_file(Path(config.run) / f"{config.weights}.safetensors"),
+        "model": sha256_file(Path(run) / f"{config.weights}.safetensors"),
         "sampling": to_plain(config.sampling),
         "options": [config.seed, segments, config.stride_segments, config.precision],
     }
@@ -263,26 +269,25 @@ def clip_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:7], "little")
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_table(path: str, rows: list[dict[str, Any]]) -> None:
     """The rows as parquet, whole or not at all."""
     schema = pa.schema(
         [(name, pa.string()) for name in ("key", "source", "status", "reason", "message")]
         + [("duration_seconds", pa.float64()), ("mp4", pa.string()), ("wav", pa.string()), ("seed", pa.int64()), ("request", pa.string())]
     )
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    temporary.replace(path)
+    with storage.writing(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
 
 
-def _row_path(out: Path, clip: Clip) -> Path:
+def _row_path(out: str, clip: Clip) -> str:
     # A second input of the same key is a failed row of its own.
     suffix = f".{hashlib.sha256(clip.source.encode()).hexdigest()[:8]}" if clip.reason == "duplicate_key" else ""
-    return out / f"{clip.key}{suffix}.json"
+    return storage.join(out, f"{clip.key}{suffix}.json")
 
 
-def _is_done(out: Path, clip: Clip, job: Job) -> bool:
+def _is_done(out: str, clip: Clip, job: Job) -> bool:
     path = _row_path(out, clip)
-    return path.is_file() and json.loads(path.read_text())["request"] == job.request
+    return storage.is_file(path) and json.loads(storage.read_bytes(path))["request"] == job.request
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,12 +87,12 @@ def settle_plan(root: str, source: Source, *arguments: object, config: JobOption
         on_change="redo" if derived else "refuse",
         retry_missing=config.retry_failed,
     )
-    for line in _changes_text(changes, derived):
+    for line in _changes_text(changes, derived, config.retry_failed):
         print(line, flush=True)
     return plan
 
 
-def _changes_text(changes: Changes, derived: bool) -> list[str]:
+def _changes_text(changes: Changes, derived: bool, retried: bool) -> list[str]:
     lines = []
     if changes.added:
         lines.append(f"{changes.added} new clips are appended as new shards; the shards that are there stay as they are")
@@ -102,7 +102,8 @@ def _changes_text(changes: Changes, derived: bool) -> list[str]:
     if changes.gone:
         lines.append(f"{changes.gone} clips of the plan are no longer among the inputs; their rows stay")
     if changes.appeared:
-        lines.append(f"{changes.appeared} clips that were missing are there now; retry_failed=true reasons=missing takes them in")
+        how = "and are taken in" if retried else "; retry_failed=true reasons=missing takes them in"
+        lines.append(f"{changes.appeared} clips that were missing are there now{how if how[0] == ';' else f' {how}'}")
     return lines
 
 

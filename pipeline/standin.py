@@ -17,6 +17,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from configs import storage
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES
 from configs.load import JobError, job_main, to_plain
 from model.codecs import LappedConfig, save_codec
@@ -75,7 +76,7 @@ class Material:
 
 def run(config: StandinConfig) -> tuple[Path, Path]:
     """Fit a small visual tower and a small codec on a media dataset's clips, in a bounded number of steps."""
-    out = Path(config.out)
+    out = storage.only_local(config.out, option="out")
     files = out / "tower.safetensors", out / "codec.safetensors"
     media = Index.open(config.data, config.split, kind="media")
     request = fingerprint(

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
 
+from configs import storage
 from configs.load import job_main, to_plain
 from pipeline.contact_sound import soundtrack
 from pipeline.render import Renderer
@@ -96,7 +97,7 @@ class Made:
 
 def run(config: SynthConfig) -> Path:
     """Make clips of solid objects that strike and bounce, with the sound of each contact; returns the folder."""
-    out = Path(config.out)
+    out = storage.only_local(config.out, option="out")
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, config)
     clips = plan(config)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 
+from configs import storage
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS, CodecClock
 from configs.load import job_main, to_plain
 from model.run_folder import RunConfig, weights_references
@@ -74,7 +75,7 @@ class TrainConfig:
 def run(config: TrainConfig) -> Path:
     """Train a V-AURA decoder on feature shards. Run the same command again to go on after an interruption."""
     config.schedule.check(config.trainer.max_steps)
-    folder = Path(config.out)
+    folder = storage.only_local(config.out, option="out")
     train = Index.open(config.data, config.train_split, kind="features")
     validation = open_validation(config)
     spec = train.info.spec
