@@ -50,7 +50,8 @@ def pairs_of(name: str, work: Callable, sources: list, pairs: int, pool: ThreadP
     def inside(source: object) -> None:
         work(source)
 
-    pids = sorted(set(pool.map(lambda _: (time.sleep(0.2), call(os.getpid, limits=LIMITS))[1], range(threads))))
+    list(pool.map(lambda _: call(time.sleep, 0.5, limits=LIMITS), range(threads)))  # at the same time: one child for each thread
+    pids = [int(pid) for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]
     rows, private = [], []
     for number in range(pairs + 1):
         sides = {}
@@ -75,9 +76,9 @@ def run(clips: list[Path], *, pairs: int, threads: int) -> dict:
     result: dict = {"benchmark": "isolation", "clips": len(clips), "pairs": pairs, "threads": threads} | overhead()
     with ThreadPoolExecutor(threads) as pool:
         result["decode"] = pairs_of("decode", decode, stored, pairs, pool, threads)
-        result["reencode"] = pairs_of("reencode", reencode, list(map(str, clips)), max(3, pairs // 4), pool, threads)
+        result["reencode"] = pairs_of("reencode", reencode, list(map(str, clips)), max(5, pairs // 3), pool, threads)
         kept = partial(reencode, keep_frames=True)
-        result["reencode_keep_frames"] = pairs_of("reencode, keep_frames", kept, list(map(str, clips)), max(3, pairs // 4), pool, threads)
+        result["reencode_keep_frames"] = pairs_of("reencode, keep_frames", kept, list(map(str, clips)), max(5, pairs // 3), pool, threads)
     return result
 
 
