@@ -339,13 +339,14 @@ def writing(path: AnyPath) -> Iterator[BinaryIO]:
     sync_folder(parent(text))
 
 
-def remove(path: AnyPath) -> None:
-    """Removes a file; that it is not there is fine."""
+def remove(path: AnyPath, *, durable: bool = True) -> None:
+    """Removes a file; that it is not there is fine. `durable`: it stays removed after a power cut; without, `sync_folder` is for the caller to do."""
     text, place = _text(path), _split(path)
     if place is None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(text)
-            sync_folder(parent(text))
+            if durable:
+                sync_folder(parent(text))
         return
     with contextlib.suppress(FileNotFoundError):
         _patiently(text, lambda: obstore.delete(_store(text), place[2]))
@@ -381,7 +382,9 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def sync_folder(folder: AnyPath) -> None:
-    """Makes renames and removals in a local folder survive a power cut."""
+    """Makes renames and removals in a local folder survive a power cut. An object store needs no asking."""
+    if is_remote(folder):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -556,13 +559,15 @@ def _failure(path: str, error: BaseException) -> StorageError:
         advice = "the credentials do not allow this: give them the right to read, write, list and delete there"
     if advice is None and "Precondition" in type(error).__name__:
         advice = "it was replaced while it was read: run the job again"
-    advice = advice or f"check that the store can be reached and is well, then run the job again; what is finished is kept ({_endpoint()})"
+    advice = advice or f"check that the store can be reached and is well, then run the job again; what is finished is kept{_endpoint(path)}"
     return StorageError(f"{path}: {advice}. The store said: {_cause(error)}")
 
 
-def _endpoint() -> str:
+def _endpoint(path: str) -> str:
+    if not path.startswith("s3://"):
+        return ""
     given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")
-    return f"AWS_ENDPOINT_URL={given}" if given else "AWS_ENDPOINT_URL is not set"
+    return f" (AWS_ENDPOINT_URL is {given})" if given else " (AWS_ENDPOINT_URL is not set)"
 
 
 def _cause(error: BaseException) -> str:

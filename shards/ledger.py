@@ -24,7 +24,7 @@ SHARD_NAME = re.compile(r"(?P<split>[\w-]+)-\d{6,}", re.ASCII)
 FINGERPRINT = b"soundshard.fingerprint"
 MERGED = b"soundshard.merged"
 """In a manifest's metadata: `Listing.digest` of the ledgers that it was made of."""
-READERS = 8
+READERS = 16
 """Threads that read ledgers ahead; each ledger is small, and reading it from afar is mostly waiting."""
 MANIFEST_GROUP_ROWS = 1 << 13
 """Rows after which a manifest's row group ends, with the shard that it is in. A ledger in memory is mostly overhead: 60 KB for 14 rows."""
@@ -155,7 +155,7 @@ def read_ahead(root: str | os.PathLike, names: Iterable[str], fingerprint: str) 
         try:
             for name in names:
                 ahead.append(pool.submit(read, path_of(root, name), fingerprint=fingerprint))
-                if len(ahead) > 4 * READERS:
+                if len(ahead) > 2 * READERS:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

@@ -5,14 +5,23 @@ number of ranks. In every epoch the blocks (contiguous runs of samples in a shar
 that differ by one sample at most (so L - 1 cuts may go through a block), and each lane shuffles its samples among the few blocks it has open. Because
 the shares follow from g, lanes need no padding and run on across epochs in step.
 
+Several lists are mixed by weight: every lane deals its turns to them (`Mixture`), so that each list has the same lanes and an epoch of its own, and
+the number alone still says which list and which place in it.
+
 Knows numbers only: no dataset, no tensors.
 """
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
 MAX_LANES = 64
-BLOCKS, SHUFFLE, START, VIEW = range(4)
+BLOCKS, SHUFFLE, START, VIEW, LIST = range(5)
 """What a draw is for: keys of the counter-based generator."""
+SHARES = 2**20
+"""The resolution of a mixture's weights: its shares are whole numbers of about this sum."""
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
 class Order:
@@ -22,6 +31,10 @@ class Order:
         """`blocks` is the block of every sample, ascending from 0."""
         self._blocks, self._lanes, self._open_blocks, self._seed = blocks, lanes, open_blocks, seed
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return len(self._blocks)
 
     def items(self, positions: np.ndarray) -> np.ndarray:
         """The samples at these positions."""
@@ -50,6 +63,47 @@ class Order:
         time = place[blocks[dealt]] + self._open_blocks * jitter
         lane = np.repeat(np.arange(self._lanes), lengths)
         return dealt[np.lexsort((time, lane))], np.cumsum(lengths) - lengths
+
+
+class Mixture:
+    """Deals the numbers 0, 1, 2, ... to several lists by weight, and says which place in which list a number is, with nothing to remember.
+
+    Lane l has turn t at number t * L + l, and its n-th turn for a list is the list's place n * L + l: so a rank's lanes are its lanes in every list.
+    Of its first t turns a lane gives (t * share + phase) // rest to the first list; what is left is dealt to the others in the same way. Phases are
+    spread over the lanes evenly (multiples of the square root of a prime, another one for each list), so a batch has the weights, too.
+    """
+
+    def __init__(self, weights: Sequence[float], *, lanes: int) -> None:
+        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError(f"weights are {list(weights)}; expected a positive number for each dataset")
+        self._lanes = lanes
+        self.shares = [max(1, round(weight / sum(weights) * SHARES)) for weight in weights]
+        rests = [sum(self.shares[number:]) for number in range(len(self.shares))]
+        roots = [math.isqrt(PRIMES[number % len(PRIMES)] << 128) % 2**64 for number in range(len(rests))]
+        self._phases = [
+            np.array([(lane * root % 2**64 * rest) >> 64 for lane in range(lanes)], np.int64) for root, rest in zip(roots, rests, strict=True)
+        ]
+        self._rests = rests
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The list of each number, and the place in it."""
+        turn, lane = positions // self._lanes, positions % self._lanes
+        before = self._turns(turn, lane)
+        chosen = (self._turns(turn + 1, lane) - before).argmax(axis=0)
+        return chosen, np.take_along_axis(before, chosen[None], axis=0)[0] * self._lanes + lane
+
+    def counts(self, positions: int) -> list[int]:
+        """How many of the numbers below this one each list has."""
+        lane = np.arange(self._lanes)
+        return self._turns((positions - lane + self._lanes - 1) // self._lanes, lane).sum(axis=1).tolist()
+
+    def _turns(self, turns: np.ndarray, lane: np.ndarray) -> np.ndarray:
+        """Of its first `turns` turns, how many a lane gives to each list."""
+        given = np.empty((len(self.shares), *turns.shape), np.int64)
+        for number, (share, rest, phases) in enumerate(zip(self.shares, self._rests, self._phases, strict=True)):
+            given[number] = (turns * share + phases[lane]) // rest
+            turns = turns - given[number]
+        return given
 
 
 def check_lanes(batch_size: int, lanes: int | None, world: int) -> int:

@@ -179,7 +179,9 @@ def clear(root: str | os.PathLike) -> None:
     storage.sweep(root)
     with ThreadPoolExecutor(REMOVERS) as pool:
         for paths in ([ledger.path_of(root, name) for name in found.ledgers], [_tar_path(root, name) for name in found.tars]):
-            list(pool.map(storage.remove, paths))
+            list(pool.map(lambda path: storage.remove(path, durable=False), paths))
+            if paths:
+                storage.sync_folder(root)
     for name in (ledger.MANIFEST, PLAN, INFO):
         storage.remove(storage.join(root, name))
 

@@ -1,4 +1,5 @@
-"""What object storage costs: CPU seconds a gigabyte up and down, against bare obstore, and the merging of many ledgers.
+"""What object storage costs: CPU seconds a gigabyte up (one large file) and down (2 MB clips, and one large file to disk), against bare obstore;
+and what the merging of many ledgers costs.
 
 `python -m tests.benchmarks.storage [megabytes=512] [ledgers=15000] [rows=14]`
 
@@ -44,6 +45,9 @@ def transfers(megabytes: int) -> dict[str, float]:
         bare = S3Store(BUCKET, client_options={"allow_http": True})
         url, part, copy = s3.url, storage.PART_BYTES, Path(folder) / "copy"
 
+        for number in range(megabytes // 2):
+            storage.write_bytes(f"{url}/clip{number}", data[number << 21 :][: 2 << 20])
+
         def download() -> None:
             with copy.open("wb") as file:
                 for chunk in obstore.get(bare, "bare").stream(min_chunk_size=part):
@@ -55,10 +59,10 @@ def transfers(megabytes: int) -> dict[str, float]:
         ways: dict[str, Callable[[], object]] = {
             "up_bare": lambda: obstore.put(bare, "bare", data, chunk_size=part, max_concurrency=storage.CONCURRENT_PARTS),
             "up": lambda: storage.write_bytes(f"{url}/ours", data),
-            "up_of_it_md5": lambda: md5(data, usedforsecurity=False),
+            "of_which_md5": lambda: md5(data, usedforsecurity=False),
             "a_tars_sha256": lambda: sha256(data),
-            "down_bare": lambda: obstore.get(bare, "bare").bytes(),
-            "down": lambda: storage.read_bytes(f"{url}/ours"),
+            "down_clips_bare": lambda: [len(obstore.get(bare, f"clip{number}").bytes()) for number in range(megabytes // 2)],
+            "down_clips": lambda: [len(storage.read_bytes(f"{url}/clip{number}")) for number in range(megabytes // 2)],
             "down_to_disk_bare": download,
             "down_to_disk": local_copy,
         }
