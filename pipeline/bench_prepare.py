@@ -8,7 +8,6 @@ the machine is idle.
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from configs.load import JobError, job_main, to_plain
 from model.codecs import Codec
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, find_weights, open_codec
-from pipeline.isolate import Child, Limits
+from pipeline.isolate import Child, Limits, peak_bytes
 from pipeline.media import EncodeConfig, EncodedClip, MediaError, decode, fetched, reencode
 
 TAR_BLOCK_BYTES = 512
@@ -254,9 +253,9 @@ def isolated_bytes(clip: EncodedClip, config: EncodeConfig) -> int:
     try:
         child.call(reencode, clip.mp4, config)
         child.call(decode, clip.mp4)
+        return child.call(peak_bytes)
     finally:
         child.close()
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def cpu_kind() -> str:

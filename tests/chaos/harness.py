@@ -164,7 +164,7 @@ def command_of(process: int) -> str:
 
 def decoders() -> list[int]:
     """Every isolated decoding process on this machine that works for a test's clips."""
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and "-c from pipeline.isolate" in command_of(int(entry))]
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and "-m pipeline.isolate" in command_of(int(entry))]
 
 
 class Driver:
