@@ -342,8 +342,8 @@ def test_prefetching_ends_with_its_iterator():
 
 def test_errors_in_the_thread_are_raised_to_the_consumer(root):
     made = stream(root, prefetch=2)
-    made._index.shards[0] = "removed-000000"
-    made._index._maps.clear()
+    made._indexes[0].shards[0] = "removed-000000"
+    made._indexes[0]._maps.clear()
     with pytest.raises(ValueError, match=r"removed-000000\.tar is missing"):
         take(made, 40)
     assert not [t for t in threading.enumerate() if t.name == "soundshard-prefetch"]
