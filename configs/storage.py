@@ -145,7 +145,7 @@ def is_folder(path: AnyPath) -> bool:
     text, place = _text(path), _split(path)
     if place is None:
         return os.path.isdir(text)
-    return _patiently(text, lambda: any(len(page) > 0 for page in obstore.list(_store(text), place[2] or None, chunk_size=1)))
+    return _patiently(text, lambda: any(True for _ in _remote_scan(text, recursive=True)))
 
 
 def scan(root: AnyPath, *, recursive: bool = True) -> Iterator[Stat]:
@@ -188,6 +188,8 @@ def _remote_scan(path: str, recursive: bool) -> Iterator[Stat]:
     store, under = _store(path), prefix or None
     for page in obstore.list(store, under, chunk_size=1000) if recursive else [obstore.list_with_delimiter(store, under)["objects"]]:
         for found in page:
+            if found["path"] == prefix:  # `prefix/`, with which some tools mark an empty folder
+                continue
             yield _remote_stat(f"{scheme}://{bucket}/{found['path']}", found)
 
 

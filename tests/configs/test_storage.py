@@ -74,6 +74,9 @@ def test_ranges_are_slices(root):
 def test_what_is_not_there(root):
     assert storage.stat(f"{root}/no") is None and not storage.is_file(f"{root}/no") and not storage.is_folder(f"{root}/no")
     assert storage.names(f"{root}/no") == []
+    storage.write_bytes(f"{root}/was", SMALL)
+    storage.remove(f"{root}/was")
+    assert storage.names(root) == list(storage.scan(root)) == [] and (not storage.is_remote(root) or not storage.is_folder(root))
     storage.remove(f"{root}/no")
     for path in (f"{root}/no", f"{root}/no/deeper"):
         with pytest.raises(FileNotFoundError, match="no"):

@@ -100,9 +100,18 @@ def test_a_member_is_one_request_for_its_bytes(flaky_s3):
         index.bytes(index.row("-clip_5"), "mp4")
 
 
-def test_a_trainer_reads_shards_through_the_cache_folder(tmp_path, s3, monkeypatch, caplog):
+def test_a_whole_shard_is_mapped_from_the_cache_folder(tmp_path, s3, monkeypatch, caplog):
     monkeypatch.setenv("SOUNDSHARD_CACHE", str(tmp_path / "cache"))
+    make(s3.url)
+    index = Index.open(s3.url)
+    for _ in range(2):
+        for number, name in enumerate(index.shards):
+            assert index.mapped(number).tobytes() == storage.read_bytes(f"{s3.url}/{name}.tar")
+    assert sorted(path.name.partition("-")[2] for path in (tmp_path / "cache" / "objects").glob("*.tar")) == [f"{name}.tar" for name in index.shards]
+    assert sum("copies its shards" in record.message for record in caplog.records) == 1
 
+
+def test_a_trainer_gets_the_same_batches(tmp_path, s3):
     def clip(number: int) -> Entry:
         features, codes = np.full((2, 5, 8, 3), number, np.float16), np.full((2, 192), number, np.uint16)
         return Entry(f"clip_{number}", "train", None, "x.mp4", members={"avclip.npy": features, "encodec24.npy": codes})
@@ -115,8 +124,6 @@ def test_a_trainer_reads_shards_through_the_cache_folder(tmp_path, s3, monkeypat
             batches.append([next(stream) for _ in range(4)])
     for local, remote in zip(*batches, strict=True):
         assert local["keys"] == remote["keys"] and torch.equal(local["features"], remote["features"]) and torch.equal(local["codes"], remote["codes"])
-    assert [path.name.partition("-")[2] for path in (tmp_path / "cache" / "objects").glob("*.tar")] == ["train-000000.tar"]
-    assert sum("copies its shards" in record.message for record in caplog.records) == 1
 
 
 def test_a_shard_is_replaced_by_what_it_holds(root):
@@ -216,7 +223,9 @@ def test_uncommit_and_clear(root):
     storage.write_bytes(f"{root}/report.html", b"somebody may still want to read it")
     clear(root)
     assert storage.names(root) == ["report.html"] and done_shards(root) == set()
+    storage.remove(f"{root}/report.html")
     clear(root)
+    assert storage.names(root) == []
     make(root)
     assert totals(root).shards == 4
 
