@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,6 +104,7 @@ class StartError(RuntimeError):
 @contextmanager
 def _started(weed: str, folder: Path) -> Iterator[S3]:
     (folder / "data").mkdir(parents=True)
+    _remove_dead_sockets()
     identities = [
         {"name": keys["AWS_ACCESS_KEY_ID"], "actions": actions, "credentials": [_credential(keys)]}
         for keys, actions in ((KEYS, ["Admin", "Read", "Write", "List", "Tagging"]), (LISTING_KEYS, ["Read", "List"]))
@@ -126,9 +127,20 @@ def _started(weed: str, folder: Path) -> Iterator[S3]:
     finally:
         process.kill()
         process.wait()
-        for port in (master, volume, filer, s3):  # it makes Unix sockets in /tmp, whatever it is told
+        for port in (master, volume, filer, s3):
             for left in (*Path("/tmp").glob(f"seaweedfs-*-{port}.sock"), *Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock")):
                 left.unlink()
+
+
+def _remove_dead_sockets() -> None:
+    """SeaweedFS makes Unix sockets in /tmp, whatever it is told; those of servers that were killed some time ago lie there still."""
+    for left in Path("/tmp").glob("seaweedfs-*.sock"):
+        with suppress(FileNotFoundError, PermissionError), socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(left))
+            except ConnectionRefusedError:
+                if time.time() - left.stat().st_mtime > 10:
+                    left.unlink()
 
 
 def _credential(keys: dict[str, str]) -> dict[str, str]:
