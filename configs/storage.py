@@ -17,6 +17,7 @@ import random
 import re
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -217,8 +218,24 @@ def read_bytes(path: AnyPath, start: int | None = None, end: int | None = None) 
     return bytes(_read(text, None if start is None and end is None else {"offset": begin} if end is None else (begin, end)))
 
 
-def _read(path: str, wanted: Any, tag: str | None = None) -> "Bytes":
-    """One GET. `tag`: the ETag that the object must still have."""
+def read_range(found: Stat, start: int, end: int, *, stop: threading.Event) -> memoryview:
+    """The bytes [start, end) of an object as it was found, not copied; a StorageError if it was replaced since.
+
+    While storage is unwell and tries are repeated, this ends soon after `stop` is set: for threads that read what may not be wanted any more.
+    """
+    data = _read(found.path, (start, end), _tag(found), stop)
+    if len(data) != end - start:
+        raise StorageError(f"{found.path} ends before byte {end}; it was replaced while it was read: run the job again")
+    return memoryview(data)
+
+
+def _tag(found: Stat) -> str | None:
+    kind, _, tag = found.version.partition(":")
+    return f'"{tag}"' if kind == "etag" else None
+
+
+def _read(path: str, wanted: Any, tag: str | None = None, stop: threading.Event | None = None) -> "Bytes":
+    """One GET. `tag`: the ETag that the object must still have. `stop`: what ends the tries."""
     options: GetOptions = {}
     if wanted is not None:
         options["range"] = wanted
@@ -227,7 +244,7 @@ def _read(path: str, wanted: Any, tag: str | None = None) -> "Bytes":
 
     def get() -> "Bytes":
         try:
-            got = obstore.get(_store(path), _place(path)[2], options=options)
+            got = obstore.get(_store(path, patient=stop is None), _place(path)[2], options=options)
         except BaseError as error:
             if "416 Range Not Satisfiable" in str(error):  # the file ends before the range begins
                 return obstore.Bytes()
@@ -237,7 +254,7 @@ def _read(path: str, wanted: Any, tag: str | None = None) -> "Bytes":
             raise _BrokenOffError(f"storage sent {len(data)} of {expected} bytes")
         return data
 
-    return _patiently(path, get)
+    return _patiently(path, get, stop)
 
 
 def local_copy(path: AnyPath, folder: AnyPath | None = None) -> Path:
@@ -293,11 +310,11 @@ def cache_dir() -> Path:
 
 def _download(found: Stat, file: BinaryIO) -> None:
     """An object's bytes by ranges, all of the version that `found` describes."""
-    kind, _, tag = found.version.partition(":")
+    tag = _tag(found)
     ranges = [(start, min(start + PART_BYTES, found.size)) for start in range(0, found.size, PART_BYTES)]
     with ThreadPoolExecutor(CONCURRENT_PARTS) as pool:
         for first in range(0, len(ranges), CONCURRENT_PARTS):
-            for data in pool.map(lambda wanted: _read(found.path, wanted, f'"{tag}"' if kind == "etag" else None), ranges[first:][:CONCURRENT_PARTS]):
+            for data in pool.map(lambda wanted: _read(found.path, wanted, tag), ranges[first:][:CONCURRENT_PARTS]):
                 file.write(data)
     if file.tell() != found.size:
         raise StorageError(f"{found.path}: read {file.tell()} of {found.size} bytes; it was replaced meanwhile: run the job again")
@@ -455,17 +472,23 @@ _stores: dict[tuple, "ObjectStore"] = {}
 _process = os.getpid()
 
 
-def _store(path: str) -> "ObjectStore":
-    """The store of a path's bucket: one for each bucket and environment in a process, tried out when it is made."""
+def _store(path: str, *, patient: bool = True) -> "ObjectStore":
+    """The store of a path's bucket: one for each bucket and environment in a process, tried out when it is made.
+
+    One that is not patient tells its failures within seconds: who uses it tries again himself.
+    """
     assert os.getpid() == _process or not _stores, (
         "object storage was used before this process was forked, which its threads did not survive; use spawn"
     )
     scheme, bucket, _ = _place(path)
-    key = (scheme, bucket, *sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)))
+    key = (scheme, bucket, patient, *sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)))
     if key not in _stores:
         url = f"{scheme}://{bucket}"
-        _try_out(url)
-        _stores[key] = _connect(url, retries=100, seconds=RETRY_SECONDS, silence_seconds=60.0)
+        if patient:
+            _try_out(url)
+            _stores[key] = _connect(url, retries=100, seconds=RETRY_SECONDS, silence_seconds=60.0)
+        else:
+            _stores[key] = _connect(url, retries=2, seconds=5.0, silence_seconds=20.0)
     return _stores[key]
 
 
@@ -529,8 +552,11 @@ class _BrokenOffError(Exception):
     """What obstore takes for the end, or for an answer, and another try may do better."""
 
 
-def _patiently(path: str, operation: Callable[[], T]) -> T:
-    """What the operation returns, its errors as ours. obstore tries most requests again by itself, but not those whose answers break off."""
+def _patiently(path: str, operation: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """What the operation returns, its errors as ours. obstore tries most requests again by itself, but not those whose answers break off.
+
+    `stop`, once set, ends the tries.
+    """
     deadline, pause = time.monotonic() + RETRY_SECONDS, 0.1
     while True:
         try:
@@ -540,9 +566,9 @@ def _patiently(path: str, operation: Callable[[], T]) -> T:
                 raise _failure(path, error) from error
             raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
         except (BaseError, _BrokenOffError) as error:
-            if not _may_pass(error) or time.monotonic() > deadline:
+            if not _may_pass(error) or time.monotonic() > deadline or (stop is not None and stop.is_set()):
                 raise _failure(path, error) from error
-        time.sleep(pause * random.uniform(0.5, 1.5))
+        (stop or threading.Event()).wait(pause * random.uniform(0.5, 1.5))
         pause = min(2 * pause, 5.0)
 
 

@@ -1,8 +1,8 @@
 """Ranges of bytes of files in an object store, in memory while they are used: fetched ahead, several at a time, each once.
 
-The reader is told which ranges will be used, in order. It requests them ahead of their use within a bound in bytes, keeps each until its last use that
-it was told of, and asks for the version of the file that was listed at the start, so that a file which is replaced meanwhile is an error and never a
-mixture.
+The reader is told which ranges will be used, in order. It requests them ahead of their use within a bound in bytes, keeps each until its last use
+that it was told of, and asks for the version of the file that was listed at the start, so that a file which is replaced meanwhile is an error and
+never a mixture.
 
 Memory: what is in use (the caller's order decides how much that is), and at most `read_ahead_mb` of what is not in use yet.
 
@@ -35,7 +35,7 @@ class FetchConfig:
     cache_dir: str | None = None
     """A local folder in which what was fetched is kept for the next epoch and for other processes; null for none."""
     cache_gb: float = 100.0
-    """What may lie in cache_dir, in gigabytes. When it is full, what no epoch of this dataset will use goes first, and then nothing is added."""
+    """What may lie in cache_dir, in gigabytes. When it is full, what was not used for an hour makes room; else nothing is added."""
 
     def check(self) -> None:
         """ValueError for values that cannot be meant."""
@@ -147,7 +147,11 @@ class BlockReader:
             return self._read(file, start, stop)
         found = self._version(self._ranges.paths[file], stop)
         kept = self._cache.get(found, start, stop)
-        return self._cache.put(found, start, self._read(file, start, stop)) if kept is None else kept
+        if kept is not None:
+            return kept
+        data = self._read(file, start, stop)
+        self._cache.put(found, start, data)
+        return data
 
     def _read(self, file: int, start: int, stop: int) -> np.ndarray:
         found = self._version(self._ranges.paths[file], stop)

@@ -9,3 +9,107 @@ shuffled epoch that pushed out what comes later in it would find hardly anything
 
 Knows bytes and files. Knows no samples.
 """
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from configs import storage
+
+STALE_SECONDS = 3600.0
+"""What has not been used for so long makes room for others."""
+FULL_SECONDS = 60.0
+"""How long a process that found no room leaves the folder alone."""
+COUNT = ".bytes"
+log = logging.getLogger(__name__)
+
+
+class RangeCache:
+    """See the module's docstring. For any number of threads."""
+
+    def __init__(self, folder: str | os.PathLike, limit_bytes: int) -> None:
+        if storage.is_remote(folder):
+            raise ValueError(f"cache_dir is {folder}; expected a folder on a local disk")
+        self._folder, self._limit, self._pause_until, self._told = Path(folder), limit_bytes, 0.0, False
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._locked() as count:
+            storage.sweep(self._folder)  # what killed processes were writing
+            self._set(count, sum(entry.stat().st_size for entry in self._entries()))
+
+    def get(self, found: storage.Stat, start: int, stop: int) -> np.ndarray | None:
+        """The bytes [start, stop) of this version of an object, mapped; None if they are not here."""
+        path = self._path(found, start, stop)
+        try:
+            os.utime(path)
+            kept = np.memmap(path, mode="r", dtype=np.uint8)
+        except FileNotFoundError:  # or evicted just now
+            return None
+        return kept if kept.size == stop - start else None
+
+    def put(self, found: storage.Stat, start: int, data: np.ndarray) -> None:
+        """Keeps the bytes from `start` on of this version of an object, if there is room. A disk that fails is told once, and done without."""
+        if time.monotonic() < self._pause_until:
+            return
+        try:
+            with contextlib.ExitStack() as stack:
+                with self._locked() as count:
+                    if not self._has_room(count, data.size):
+                        self._pause_until = time.monotonic() + FULL_SECONDS
+                        return
+                    # The file has its size from the beginning, while the lock is held: whoever counts the folder anew counts it.
+                    file = stack.enter_context(storage.writing(self._path(found, start, start + data.size)))
+                    file.truncate(data.size)
+                file.write(data.data)
+        except OSError as error:
+            self._pause_until = time.monotonic() + FULL_SECONDS
+            if not self._told:
+                log.warning("%s: cannot keep what was fetched, going on without (%s)", self._folder, error)
+            self._told = True
+
+    def _path(self, found: storage.Stat, start: int, stop: int) -> Path:
+        return self._folder / f"{sha256(f'{found.path} {found.version} {start} {stop}'.encode()).hexdigest()[:32]}.range"
+
+    def _has_room(self, count: BinaryIO, size: int) -> bool:
+        """Counts `size` bytes more, if they have room or can be given it."""
+        total = int(count.read() or self._limit)
+        if total + size > self._limit:
+            total = self._make_room(size)
+        fits = total + size <= self._limit
+        self._set(count, total + size if fits else total)
+        return fits
+
+    def _make_room(self, size: int) -> int:
+        """Removes what is stale, longest unused first, until there is some room to spare; the bytes that are left."""
+        entries = sorted((found.st_mtime, found.st_size, entry.path) for entry in self._entries() for found in [entry.stat()])
+        total = sum(size for _, size, _ in entries)
+        for used, freed, path in entries:
+            if total + size <= 0.9 * self._limit or used > time.time() - STALE_SECONDS:
+                break
+            os.unlink(path)
+            total -= freed
+        return total
+
+    def _entries(self) -> Iterator[os.DirEntry]:
+        """All files that count, those that are being written included."""
+        return (entry for entry in os.scandir(self._folder) if entry.name != COUNT)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        with open(self._folder / COUNT, "a+b") as count:
+            fcntl.flock(count, fcntl.LOCK_EX)
+            count.seek(0)
+            yield count
+
+    @staticmethod
+    def _set(count: BinaryIO, total: int) -> None:
+        count.truncate(0)
+        count.write(b"%d" % total)
+        count.flush()

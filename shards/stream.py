@@ -114,9 +114,7 @@ class FeatureStream(IterableDataset):
         if config.weights is not None and len(config.weights) != len(self._indexes):
             raise ValueError(f"{len(config.weights)} weights for {len(self._indexes)} datasets; give one for each")
         self._pin = config.pin_memory and torch.cuda.is_available()
-        self._windows = [
-            Windows(index, config.segments, pin_memory=self._pin and len(self._indexes) == 1, fetch=config) for index in self._indexes
-        ]
+        self._windows = [Windows(index, config.segments, pin_memory=self._pin and len(self._indexes) == 1, fetch=config) for index in self._indexes]
         self._remote = any(storage.is_remote(index.root) for index in self._indexes)
         # Datasets of a mixture draw each for itself; the first as it would alone.
         self._seeds = [config.seed, *counter_hash(config.seed, LIST, 0, np.arange(1, len(self._indexes))).tolist()]
@@ -164,10 +162,7 @@ class FeatureStream(IterableDataset):
                 "a DataLoader's worker processes would count the position ahead of training and lose it; iterate over the stream itself "
                 "(StreamConfig.workers gives it such processes), or give the DataLoader num_workers=0"
             )
-        if self._config.workers:
-            made = in_processes(self, self._config, remote=self._remote)
-        else:
-            made = prefetched(self.batches(), self._config.prefetch)
+        made = in_processes(self, self._config, remote=self._remote) if self._config.workers else prefetched(self.batches(), self._config.prefetch)
         with closing(made) as batches:
             try:
                 for consumed, batch in batches:
@@ -207,8 +202,7 @@ class FeatureStream(IterableDataset):
 
     def _told_ahead(self, plan: Iterator[tuple[int, list[Cut]]]) -> Iterator[tuple[int, list[Cut]]]:
         """The plan itself. What follows its first batch is told to the windows, as far ahead as lanes keep a block open."""
-        blocks = sum(windows.blocks_in_use for windows in self._windows)
-        most = math.ceil(self.samples / blocks * self._lanes * (self._config.open_blocks + 1) / self._config.batch_size)
+        most = math.ceil(self.samples / self._blocks * self._lanes * (self._config.open_blocks + 1) / self._config.batch_size)
         coming: deque[tuple[int, list[Cut]]] = deque()
         try:
             for number, item in enumerate(plan):
@@ -216,7 +210,7 @@ class FeatureStream(IterableDataset):
                     for windows, cut in zip(self._windows, item[1], strict=True):
                         windows.ahead(cut.rows)
                 coming.append(item)
-                if number in (0, *range(most, number + 1)):
+                if number == 0 or len(coming) > most:
                     yield coming.popleft()
             yield from coming
         finally:
@@ -244,10 +238,11 @@ class FeatureStream(IterableDataset):
         return {**names, "lanes": self._lanes, **datasets}
 
     def _set_lanes(self, lanes: int) -> None:
-        config, self._lanes, self._orders = self._config, lanes, []
+        config, self._lanes, self._orders, self._blocks = self._config, lanes, [], 0
         for windows, seed in zip(self._windows, self._seeds, strict=True):
             blocks = windows.blocks(min(config.block_bytes, windows.bytes // (BLOCKS_PER_LANE * lanes)))
             blocks = np.repeat(blocks, config.windows_per_clip) if self._shuffle else blocks
+            self._blocks += int(blocks[-1]) + 1
             self._orders.append(Order(blocks, lanes=lanes, open_blocks=config.open_blocks, seed=seed))
         self._lengths = [len(order) for order in self._orders]
         self._mixture = Mixture(config.weights or [float(length) for length in self._lengths], lanes=lanes)

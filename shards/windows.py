@@ -1,8 +1,13 @@
 """The windows that a feature dataset offers, and batches of them cut from its shards.
 
+A dataset on a local file system is mapped. Of one in an object store, blocks are fetched and held in memory while they are in use, if the rows to
+come are told ahead; a row that was not told is fetched by itself.
+
 Knows tensors, the segment clock and the dataset format. Knows no order: which windows make a batch is the caller's matter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypedDict
 
 import numpy as np
@@ -11,9 +16,14 @@ import torch
 from jaxtyping import Float16, Int64
 from torch import Tensor
 
+from configs import storage
 from configs.clock import SEGMENT_FRAMES, SEGMENT_SECONDS, SEGMENT_TOKENS, CodecClock, check_hop, window_starts
+from shards.blocks import BlockReader, FetchConfig, Ranges
 from shards.dataset import DatasetMismatch
 from shards.read import ArrayMembers, Index
+
+WIDEST_GAP_BYTES = 1 << 20
+"""Unwanted bytes between two samples that are fetched along, for one request instead of two."""
 
 
 class Batch(TypedDict):
@@ -25,9 +35,9 @@ class Batch(TypedDict):
 
 
 class Windows:
-    """The windows that a feature dataset offers, and how they are cut from the mapped shards."""
+    """The windows that a feature dataset offers, and how they are cut from mapped shards, or from an object store's blocks in memory."""
 
-    def __init__(self, index: Index, segments: int, *, pin_memory: bool = False) -> None:
+    def __init__(self, index: Index, segments: int, *, pin_memory: bool = False, fetch: FetchConfig | None = None) -> None:
         if index.info.kind != "features":
             raise DatasetMismatch(
                 f"{index.root} is a {index.info.kind} dataset; training reads a features dataset, which `soundshard featurise` makes of it"
@@ -64,12 +74,45 @@ class Windows:
                 f"codebooks as dataset.json says; found {features.dtype} with [tokens, width, codebooks] {shapes.tolist()}"
             )
         self._width, self._codebooks = int(shapes[0, 1]), int(shapes[0, 2])
+        self._fetch, self._reader, self._remote = fetch or FetchConfig(), None, storage.is_remote(index.root)
+        self._fetch.check()
+        self._ranges, self._range_of = self._cut_ranges(storage.PART_BYTES)
 
     def blocks(self, block_bytes: int) -> np.ndarray:
         """The block of every row in `rows`, counted from 0: runs of a shard of this many bytes."""
         shard, block = self._index.shard_of[self.rows], self._features.offset[self.rows] // max(1, block_bytes)
-        changes = (np.diff(shard) != 0) | (np.diff(block) != 0)
-        return np.concatenate([[0], np.cumsum(changes)])
+        self.forget()
+        self._ranges, self._range_of = self._cut_ranges(block_bytes)
+        return _runs((np.diff(shard) != 0) | (np.diff(block) != 0))
+
+    def ahead(self, rows: np.ndarray) -> None:
+        """These rows will be asked for after those told before. An object store's blocks are fetched ahead of that; local files need nothing."""
+        if self._remote:
+            self._blocks().tell(self._range_of[rows])
+
+    def forget(self) -> None:
+        """What was told will not be asked for: ends all requests and frees the blocks."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _blocks(self) -> BlockReader:
+        if self._reader is None:
+            self._reader = BlockReader(self._ranges, self._fetch)
+        return self._reader
+
+    def _cut_ranges(self, block_bytes: int) -> tuple[Ranges, np.ndarray]:
+        """What to request at a time, and which of it each row needs: neighbouring rows, with no wide gap between them, that share a block."""
+        rows, index = self.rows, self._index
+        members = [(each.offset[rows], each.offset[rows] + each.size[rows]) for each in (self._features, self._codes)]
+        start, stop = np.minimum(members[0][0], members[1][0]), np.maximum(members[0][1], members[1][1])
+        gap, place = start[1:] - stop[:-1], self._features.offset[rows] // min(max(1, block_bytes), storage.PART_BYTES)
+        cuts = (np.diff(index.shard_of[rows]) != 0) | (np.diff(place) != 0) | (gap < 0) | (gap > WIDEST_GAP_BYTES)
+        of = np.full(len(index), -1)
+        of[rows] = _runs(cuts)
+        first, last = np.append(0, np.flatnonzero(cuts) + 1), np.append(np.flatnonzero(cuts), len(rows) - 1)
+        paths = [storage.join(index.root, f"{name}.tar") for name in index.shards]
+        return Ranges(paths, index.shard_of[rows][first], start[first], stop[last]), of
 
     def batch(self, rows: np.ndarray, starts: np.ndarray, views: np.ndarray) -> Batch:
         """The windows of these rows at these hop indices, cut before they are copied: a window is a quarter of a 10 s clip's bytes."""
@@ -83,9 +126,29 @@ class Windows:
         feature_strides = (self._stride * segment, token, feature_type.itemsize)
         code_at = self._codes.data_offset[rows] + self._first_step[starts] * code_type.itemsize
         code_rows = self._codes.shape[rows, 1] * code_type.itemsize
-        shards = self._index.shard_of[rows].tolist()
-        for number, (shard, at, steps_at, code_row) in enumerate(zip(shards, feature_at.tolist(), code_at.tolist(), code_rows.tolist(), strict=True)):
-            mapped = self._index.mapped(shard)
-            features_out[number] = np.ndarray(features_out.shape[1:], feature_type, mapped, at, feature_strides)
-            codes_out[number] = np.ndarray(codes_out.shape[1:], code_type, mapped, steps_at, (code_row, code_type.itemsize))
+        with self._bytes(rows) as (buffers, begins):
+            places = zip(buffers, (feature_at - begins).tolist(), (code_at - begins).tolist(), code_rows.tolist(), strict=True)
+            for number, (buffer, at, steps_at, code_row) in enumerate(places):
+                features_out[number] = np.ndarray(features_out.shape[1:], feature_type, buffer, at, feature_strides)
+                codes_out[number] = np.ndarray(codes_out.shape[1:], code_type, buffer, steps_at, (code_row, code_type.itemsize))
         return {"features": features, "codes": codes, "keys": self._index.keys.take(pa.array(rows)).to_pylist()}
+
+    @contextmanager
+    def _bytes(self, rows: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """For each row, bytes that hold it, and where in its shard they begin."""
+        if not self._remote:
+            yield [self._index.mapped(shard) for shard in self._index.shard_of[rows].tolist()], np.zeros(len(rows), np.int64)
+            return
+        reader, numbers = self._blocks(), self._range_of[rows]
+        told = reader.told(numbers)
+        begins = np.where(told, self._ranges.start[numbers], np.minimum(self._features.offset[rows], self._codes.offset[rows]))
+        stops = np.maximum(*((each.offset + each.size)[rows] for each in (self._features, self._codes)))
+        alone = iter(reader.fetch(zip(self._index.shard_of[rows][~told].tolist(), begins[~told].tolist(), stops[~told].tolist(), strict=True)))
+        blocks = reader.take(numbers[told])
+        yield [blocks[number] if known else next(alone) for number, known in zip(numbers.tolist(), told.tolist(), strict=True)], begins
+        reader.done(numbers[told])
+
+
+def _runs(changes: np.ndarray) -> np.ndarray:
+    """The number, from 0, of the run that each element is in, by whether it and the next belong to different ones."""
+    return np.concatenate([[0], np.cumsum(changes)])
