@@ -319,14 +319,18 @@ class Vaura(nn.Module):
             heads=torch.cat([head.weight for head in heads]),
         )
 
-    def align(self, features: Float[Tensor, "b tokens c"], length: int) -> Float[Tensor, "b {length} v"]:
+    def align(
+        self, features: Float[Tensor, "b tokens c"], length: int, there: Bool[Tensor, "b tokens"] | None = None
+    ) -> Float[Tensor, "b {length} v"]:
         """The visual channels of every sequence position: position i sees the token of codec step i, or the empty one past the video's end.
 
+        `there` marks the tokens that are video and not padding after its end.
         The codebooks' delay is not made up for (as published): row k at position i belongs to codec step i - 1 - k.
         """
         config, tokens = self.config, features.shape[1]
         visual = self.cls_embeddings.projection(features)
-        visual = torch.cat([visual, self.empty_video_emb.to(visual.dtype).expand(len(visual), -1, -1)], dim=1)
+        empty = self.empty_video_emb.to(visual.dtype).expand(len(visual), -1, -1)
+        visual = torch.cat([visual if there is None else torch.where(there[..., None], visual, empty), empty], dim=1)
         position = torch.arange(length, device=features.device)
         token = position * config.steps_per_token_divisor // config.steps_per_token
         return visual.index_select(1, token.clamp(max=tokens))
@@ -335,32 +339,48 @@ class Vaura(nn.Module):
         """The first block's input. The residual stream keeps the parameters' precision under autocast, where the products alone are half."""
         return self.drop(torch.cat([visual, audio], dim=-1).to(self.norm.weight.dtype))
 
-    def forward(self, sequence: Int[Tensor, "b q s"], features: Float[Tensor, "b tokens c"]) -> Float[Tensor, "b s q card"]:
-        """Logits of the delayed sequence: those at step s score the codes at step s + 1."""
+    def forward(
+        self, sequence: Int[Tensor, "b q s"], features: Float[Tensor, "b tokens c"], there: Bool[Tensor, "b tokens"] | None = None
+    ) -> Float[Tensor, "b s q card"]:
+        """Logits of the delayed sequence: those at step s score the codes at step s + 1. `there`: see `align`."""
         length = sequence.shape[-1]
         if length > self.config.max_steps:
             raise ValueError(f"a sequence of {length} positions; expected at most max_steps={self.config.max_steps}: take shorter windows")
         codes = self.stacked_codes()
-        x = self.combine(self.align(features, length), codes.embed(sequence))
+        x = self.combine(self.align(features, length, there), codes.embed(sequence))
         rope = rotary(length, self.config.width // self.config.heads, x.device)
         for layer in self.layers:
             x = layer(x, rope)
         return codes.logits(self.norm(x))
 
-    def training_loss(self, codes: Int[Tensor, "b q t"], features: Float[Tensor, "b tokens c"]) -> VauraLoss:
+    def training_loss(
+        self,
+        codes: Int[Tensor, "b q t"],
+        features: Float[Tensor, "b tokens c"],
+        tokens_there: Bool[Tensor, "b tokens"] | None = None,
+        steps_there: Bool[Tensor, "b t"] | None = None,
+    ) -> VauraLoss:
         """Cross-entropy of every code, given the codes before it and the video, as published.
 
         In training mode the video of each sample is dropped with probability `guidance_dropout`. The last codec step's codes are
         predicted but not fed (published quirk: the reference builds its input from `codes[..., :-1]`), which only the last q positions see.
+        Where samples are padded at their end, the masks say what is there: a sample then gives what it would give alone at its own length, and each
+        counts the same, so that the mean does not depend on how a batch is shared out.
         """
         config = self.config
         if self.training and config.guidance_dropout > 0:
             dropped = torch.rand(len(features), device=features.device) < config.guidance_dropout
             features = self.cls_embeddings.drop(features, dropped)
         fed = F.pad(codes[..., :-1], (0, 1), value=config.special)
-        logits = self(delay(fed, config.special)[..., :-1], features)
+        if steps_there is not None:
+            codes = codes.masked_fill(~steps_there[:, None], IGNORED)
+            fed = fed.masked_fill(~F.pad(steps_there[:, 1:], (0, 1))[:, None], config.special)
+        logits = self(delay(fed, config.special)[..., :-1], features, tokens_there)
         # The targets go to the sequence's grid rather than the logits back to the codec's: nothing large is copied.
         targets = delay(codes, IGNORED)[..., 1:].transpose(1, 2)
-        each = F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
-        per_codebook = each.view(targets.shape).sum((0, 1)) / (codes.shape[0] * codes.shape[-1])
+        each = F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
+        if steps_there is None:
+            per_codebook = each.sum((0, 1)) / (codes.shape[0] * codes.shape[-1])
+        else:
+            per_codebook = (each.sum(1) / steps_there.sum(1, keepdim=True)).mean(0)
         return VauraLoss(per_codebook.mean(), per_codebook)

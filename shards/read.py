@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,6 +94,17 @@ class Index:
         """The index of one committed shard, from its ledger: for a process that works through a shard and need not know the others."""
         info = read_info(root)
         return cls(os.fspath(root), info, ledger.read(ledger.path_of(root, name), fingerprint=info.fingerprint))
+
+    def subset(self, keys: Iterable[str] | None = None, *, rows: Iterable[int] | None = None) -> "Index":
+        """The index of some of the good samples, given by key or by row, in ledger order: they are read where they lie, and nothing is copied.
+
+        ValueError for a key that there is not, with its reason if it failed.
+        """
+        assert (keys is None) != (rows is None)
+        chosen = np.unique(np.array([self.row(key) for key in keys] if keys is not None else list(rows or []), np.int64))
+        if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < self.ok:
+            raise ValueError(f"{self.root} has good samples 0 to {self.ok - 1}; asked for {chosen[0]} to {chosen[-1]}")
+        return Index(self.root, self.info, self.table.filter(pc.field("status") == "ok").take(pa.array(chosen)))
 
     def __len__(self) -> int:
         return self.ok

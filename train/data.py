@@ -4,18 +4,19 @@ Knows `shards.stream` and Lightning's rules for loaders. Knows no model; a batch
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float16, Int64
+from jaxtyping import Bool, Float16, Int64
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig
+from shards.windows import Batch
 
 ENDLESS = 2**40
 """The stream has no end. Lightning reads a batch ahead from a loader that has no length, which would put the stream's state a batch ahead too."""
@@ -36,6 +37,14 @@ class Windows(NamedTuple):
 
     features: Float16[Tensor, "b segments 8 width"]
     codes: Int64[Tensor, "b codebooks steps"]
+    segment_mask: Bool[Tensor, "b segments"] | None = None
+    """What is video and not padding after a short clip's end; None: all of it."""
+    step_mask: Bool[Tensor, "b steps"] | None = None
+    """The same for codec steps."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Windows":
+        return cls(batch["features"], batch["codes"], batch.get("segment_mask"), batch.get("step_mask"))
 
 
 class TrainLoader:
@@ -49,12 +58,17 @@ class TrainLoader:
         return ENDLESS
 
     def __iter__(self) -> Iterator[Windows]:
-        with closing(iter(self._stream)) as batches:  # pyright: ignore[reportArgumentType] - a generator
+        with closing(self._endless()) as batches:
             while True:
                 idle, began = self._mark(), time.perf_counter()
                 batch = next(batches)
                 self._waits.append((time.perf_counter() - began, idle, self._mark()))
-                yield Windows(batch["features"], batch["codes"])
+                yield Windows.of(batch)
+
+    def _endless(self) -> Generator[Batch, None, None]:
+        """Epoch after epoch, where the stream ends with each."""
+        while True:
+            yield from self._stream
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._stream.state_dict())
@@ -86,13 +100,14 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Windows]:
         for batch in self._stream:
-            yield Windows(batch["features"], batch["codes"])
+            yield Windows.of(batch)
 
 
 class FeatureData(LightningDataModule):
-    """Feature shards for Lightning. Which samples a rank reads is decided here, from the trainer's ranks, whatever launched them."""
+    """Feature shards for Lightning, of one dataset or several. Which samples a rank reads is decided here, from the trainer's ranks, whatever
+    launched them. The datasets' weights are for training; validation is one pass over all there is."""
 
-    def __init__(self, train: Index, validation: Index | None, stream: StreamConfig, *, accumulate: int) -> None:
+    def __init__(self, train: Sequence[Index], validation: Sequence[Index], stream: StreamConfig, *, accumulate: int) -> None:
         super().__init__()
         self._train, self._validation = train, validation
         if stream.batch_size % accumulate:
@@ -105,9 +120,10 @@ class FeatureData(LightningDataModule):
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         trainer = self._attached()
-        if self._validation is None:
+        if not self._validation:
             return []
-        return ValidationLoader(FeatureStream(self._validation, self._stream, trainer.global_rank, trainer.world_size, shuffle=False))
+        config = replace(self._stream, weights=None)
+        return ValidationLoader(FeatureStream(self._validation, config, trainer.global_rank, trainer.world_size, shuffle=False))
 
     def _attached(self) -> Any:
         assert self.trainer is not None

@@ -75,6 +75,13 @@ class TrainerConfig:
 FREE = {
     "data",
     "copy_weights",
+    "stream.prefetch",
+    "stream.workers",
+    "stream.pin_memory",
+    "stream.read_ahead_mb",
+    "stream.connections",
+    "stream.cache_dir",
+    "stream.cache_gb",
     "trainer.max_steps",
     "trainer.accelerator",
     "trainer.devices",

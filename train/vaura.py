@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from lightning.pytorch import LightningModule
 
 from configs import storage
@@ -20,6 +19,7 @@ from configs.load import job_main, to_plain
 from model.run_folder import RunConfig, weights_references
 from model.vaura import Vaura, VauraConfig
 from shards.read import Index
+from shards.stream import check_alike
 from train.callbacks import Checkpoints, Metrics, Stopped
 from train.data import FeatureData, StreamOptions, Windows
 from train.optim import OptimiserConfig, ScheduleConfig, build_optimiser, clip_gradients
@@ -53,8 +53,8 @@ class ModelOptions(VauraConfig):
 class TrainConfig:
     """Options of `soundshard train`. The defaults are the published recipe (Viertola et al. 2024, sec. 4.2, and its configuration files)."""
 
-    data: str = "???"
-    """Folder of the feature dataset."""
+    data: Any = "???"
+    """Folder or address of the feature dataset; several, to mix: [first,second], and stream.weights=[3,1] says how much of each."""
     out: str = "???"
     """The run folder: checkpoints, weights, losses and the configuration."""
     train_split: str = "train"
@@ -71,21 +71,27 @@ class TrainConfig:
     copy_weights: bool = True
     """Copy the tower's and the codec's weights files into the run folder, if they are here, so that generation needs nothing else."""
 
+    @property
+    def roots(self) -> list[str]:
+        """The datasets."""
+        return [str(root) for root in (self.data if isinstance(self.data, list) else [self.data])]
+
 
 def run(config: TrainConfig) -> Path:
     """Train a V-AURA decoder on feature shards. Run the same command again to go on after an interruption."""
     config.schedule.check(config.trainer.max_steps)
     folder = storage.only_local(config.out, option="out")
-    train = Index.open(config.data, config.train_split, kind="features")
+    train = [Index.open(root, config.train_split, kind="features") for root in config.roots]
+    check_alike(train)
     validation = open_validation(config)
-    spec = train.info.spec
+    info, spec = train[0].info, train[0].info.spec
     described = RunConfig(
         model=derive_model(config.model, spec, config.stream.segments),
         window_segments=config.stream.segments,
-        data={"fingerprint": train.info.fingerprint, "spec": spec},
+        data={"fingerprint": info.fingerprint, "spec": spec},
         # Resolved, so that a run that goes on to more steps does not silently stretch its schedule.
         train=to_plain(replace(config, schedule=replace(config.schedule, total_steps=config.schedule.total_steps or config.trainer.max_steps))),
-        weights=weights_references(train.info.provenance),
+        weights=weights_references(info.provenance),
     )
     start = find_start(folder, described, config.trainer)
     if start.step >= config.trainer.max_steps:
@@ -94,7 +100,7 @@ def run(config: TrainConfig) -> Path:
     torch.set_float32_matmul_precision("high")
     quieten_lightning()
     module = VauraModule(described, config)
-    cadence = config.trainer.cadence(validates=validation is not None)
+    cadence = config.trainer.cadence(validates=bool(validation))
     metrics = Metrics(
         folder,
         cadence,
@@ -119,12 +125,12 @@ def run(config: TrainConfig) -> Path:
     return folder
 
 
-def open_validation(config: TrainConfig) -> Index | None:
-    """The validation split, if the dataset has it."""
+def open_validation(config: TrainConfig) -> list[Index]:
+    """The validation split of each dataset that has it."""
     if config.validation_split is None or config.trainer.val_check_interval == 0:
-        return None
-    splits = Index.open(config.data, kind="features").table["split"].unique().to_pylist()
-    return Index.open(config.data, config.validation_split) if config.validation_split in splits else None
+        return []
+    splits = {root: Index.open(root, kind="features").table["split"].unique().to_pylist() for root in config.roots}
+    return [Index.open(root, config.validation_split) for root in config.roots if config.validation_split in splits[root]]
 
 
 def derive_model(options: ModelOptions, spec: dict[str, Any], segments: int) -> VauraConfig:
@@ -183,16 +189,18 @@ class VauraModule(LightningModule):
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] = rate
 
-    def _tokens(self, batch: Windows) -> Float[torch.Tensor, "b tokens width"]:
-        """The windows' video tokens, in the precision of the parameters."""
-        return batch.features.flatten(1, 2).to(self.model.norm.weight.dtype)
+    def _inputs(self, batch: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the loss is computed from. The video tokens are in the precision of the parameters."""
+        tokens = batch.features.flatten(1, 2).to(self.model.norm.weight.dtype)
+        there = None if batch.segment_mask is None else batch.segment_mask.repeat_interleave(SEGMENT_TOKENS, dim=1)
+        return batch.codes, tokens, there, batch.step_mask
 
     def training_step(self, batch: Windows) -> dict[str, torch.Tensor]:
-        loss = self._loss(batch.codes, self._tokens(batch))
+        loss = self._loss(*self._inputs(batch))
         return {"loss": loss.total, "per_codebook": loss.per_codebook.detach()}
 
     def validation_step(self, batch: Windows) -> dict[str, torch.Tensor]:
-        return {"per_codebook": self.model.training_loss(batch.codes, self._tokens(batch)).per_codebook}
+        return {"per_codebook": self.model.training_loss(*self._inputs(batch)).per_codebook}
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:  # noqa: ARG002 - Lightning's
         """Here and not by Lightning's option, which refuses fused optimisers although they clip well without a gradient scaler."""
@@ -202,14 +210,15 @@ class VauraModule(LightningModule):
         checkpoint["identity"] = identity(self._described)
 
 
-def describe(config: TrainConfig, described: RunConfig, train: Index, validation: Index | None, module: VauraModule, start_step: int) -> str:
+def describe(config: TrainConfig, described: RunConfig, train: list[Index], validation: list[Index], module: VauraModule, start_step: int) -> str:
     """What is about to happen, in a few lines."""
     model = described.model
     parameters = sum(p.numel() for p in module.model.parameters())
     begin = f"resumes at step {start_step}" if start_step else "starts"
     return "\n".join(
         [
-            f"data   {config.data}: {train.ok} training clips, {validation.ok if validation else 'no'} validation clips",
+            f"data   {', '.join(config.roots)}: {' + '.join(str(index.ok) for index in train)} training clips, "
+            f"{' + '.join(str(index.ok) for index in validation) or 'no'} validation clips",
             f"model  {model.layers} layers of width {model.width}, {model.codebooks} codebooks of {model.card}: {parameters / 1e6:.1f} M parameters",
             f"run    {config.out} {begin}, to step {config.trainer.max_steps}; {config.trainer.resolved_precision}, "
             f"batches of {config.stream.batch_size}",

@@ -239,6 +239,22 @@ loss.total.backward()
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_a_padded_sample_counts_as_it_would_at_its_own_length() -> None:
+    model = filled(TINY)
+    codes, features = torch.randint(TINY.card, (3, 5, 24)), torch.randn(3, 4, TINY.feature_width)
+    whole = model.training_loss(codes, features)
+    tokens_there, steps_there = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 24, dtype=torch.bool)
+    torch.testing.assert_close(model.training_loss(codes, features, tokens_there, steps_there).per_codebook, whole.per_codebook)
+    alone = [model.training_loss(codes[:1], features[:1]), model.training_loss(codes[1:2, :, :11], features[1:2, :2])]
+    alone.append(model.training_loss(codes[2:, :, :18], features[2:, :3]))
+    tokens_there[1, 2:], steps_there[1, 11:], tokens_there[2, 3:], steps_there[2, 18:] = False, False, False, False
+    for padding in (0, 3):  # whatever the padding holds
+        codes[1, :, 11:], codes[2, :, 18:], features[1, 2:], features[2, 3:] = padding, padding, float(padding), float(padding)
+        together = model.training_loss(codes, features, tokens_there, steps_there).per_codebook
+        torch.testing.assert_close(together, torch.stack([loss.per_codebook for loss in alone]).mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_training_is_one_graph_for_the_compiler() -> None:
     # In a process of its own: run-time shape checks, on under pytest, are not the compiler's business.
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
