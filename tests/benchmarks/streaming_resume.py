@@ -22,7 +22,7 @@ from shards.dataset import create_or_check, new_info, read_info
 from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig
 from shards.write import write_manifest, write_shard
-from tests.benchmarks.streaming_sets import CODEC, SEGMENTS, SHARD_SAMPLES, Shape, entry, samples
+from tests.benchmarks.streaming_sets import SEGMENTS, SHARD_SAMPLES, Shape, entry, samples, spec
 
 CONFIG = StreamConfig(batch_size=64, segments=SEGMENTS)
 
@@ -55,7 +55,7 @@ def resumed(root: Path, rows: int, shape: Shape) -> Resumed:
 
 def make(folder: Path, rows: int, shape: Shape) -> None:
     """A dataset of as many samples, in shards of `SHARD_SAMPLES`."""
-    create_or_check(folder, new_info("features", {"hop_frames": shape.hop_frames, "views": 1, "codec": CODEC}))
+    create_or_check(folder, new_info("features", spec(shape)))
     write_shard(folder, "train-000000", [entry(sample) for sample in samples(shape, min(rows, SHARD_SAMPLES))])
     table, fingerprint = ledger.read(ledger.path_of(folder, "train-000000")), read_info(folder).fingerprint
     for number in range(1, -(-rows // SHARD_SAMPLES)):

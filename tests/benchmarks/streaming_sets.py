@@ -111,7 +111,7 @@ def written(root: Path, name: str, shape: Shape, count: int) -> Path:
 
 def write_tar(folder: Path, shape: Shape, items: Iterable[Sample]) -> None:
     """A dataset of this project: plain tars and their ledgers."""
-    create_or_check(folder, new_info("features", {"hop_frames": shape.hop_frames, "views": 1, "codec": CODEC}))
+    create_or_check(folder, new_info("features", spec(shape)))
     held: list[Entry] = []
     shards = 0
     for item in items:
@@ -121,6 +121,11 @@ def write_tar(folder: Path, shape: Shape, items: Iterable[Sample]) -> None:
             held, shards = [], shards + 1
     if held:
         write_shard(folder, f"train-{shards:06d}", held)
+
+
+def spec(shape: Shape) -> dict:
+    """Of a dataset of this project."""
+    return {"hop_frames": shape.hop_frames, "views": 1, "codec": CODEC, "tower": {"config": {"width": shape.features[-1]}}}
 
 
 def entry(item: Sample) -> Entry:
