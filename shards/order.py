@@ -110,9 +110,8 @@ def check_lanes(batch_size: int, lanes: int | None, world: int) -> int:
     """The number of lanes, chosen if None, once it is certain that `world` ranks can share them and the batch. ValueError with the nearest."""
     if batch_size % world:
         below = batch_size // world * world
-        raise ValueError(
-            f"batch_size is {batch_size}, which {world} ranks cannot share; the nearest that they can: {below or world}, {below + world}"
-        )
+        nearest = f"{below} or {below + world}" if below else f"{world}"
+        raise ValueError(f"batch_size is {batch_size}, which {world} ranks cannot share; the nearest that they can: {nearest}")
     chosen = lanes or max(number for number in range(1, min(MAX_LANES, batch_size) + 1) if batch_size % number == 0)
     if chosen % world:
         fitting = [number for number in range(world, batch_size + 1, world) if batch_size % number == 0]

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,9 @@ class StreamConfig(FetchConfig):
     batch_size: int = 64
     """Windows in a global batch, over all ranks."""
     segments: int = 4
-    """Contiguous segments in a window; 4 are 2.56 s. Clips shorter than a window are left out and counted."""
+    """Contiguous segments in a window; 4 are 2.56 s."""
+    short_clips: Literal["drop", "pad"] = "drop"
+    """What becomes of clips shorter than a window: left out, or padded with zeros, and masks say what is there."""
     windows_per_clip: int = 1
     """Windows taken of a clip in an epoch, near each other in the order. With more, fewer bytes are read for each; remote reading gains."""
     weights: list[float] | None = None
@@ -114,12 +116,12 @@ class FeatureStream(IterableDataset):
         if config.weights is not None and len(config.weights) != len(self._indexes):
             raise ValueError(f"{len(config.weights)} weights for {len(self._indexes)} datasets; give one for each")
         self._pin = config.pin_memory and torch.cuda.is_available()
-        self._windows = [Windows(index, config.segments, pin_memory=self._pin and len(self._indexes) == 1, fetch=config) for index in self._indexes]
+        self._windows = [windows_of(index, config, pin_memory=self._pin and len(self._indexes) == 1) for index in self._indexes]
         self._remote = any(storage.is_remote(index.root) for index in self._indexes)
         # Datasets of a mixture draw each for itself; the first as it would alone.
         self._seeds = [config.seed, *counter_hash(config.seed, LIST, 0, np.arange(1, len(self._indexes))).tolist()]
         self._local = config.batch_size // world
-        self._set_lanes(check_lanes(config.batch_size, config.lanes, world))
+        self._set_lanes(check_lanes(config.batch_size, config.lanes if shuffle else world, world))
         if shuffle and not config.run_on and self.samples < config.batch_size:
             raise ValueError(f"an epoch has {self.samples} samples, fewer than batch_size={config.batch_size}; take a smaller one, or run_on=true")
         self.consumed = 0
@@ -132,8 +134,13 @@ class FeatureStream(IterableDataset):
 
     @property
     def skipped(self) -> int:
-        """Good clips left out because they are shorter than a window."""
+        """Good clips left out because they are shorter than a window (with `short_clips="pad"`: because nothing is in them)."""
         return sum(map(len, self._indexes)) - sum(len(windows.rows) for windows in self._windows)
+
+    @property
+    def padded(self) -> int:
+        """Good clips shorter than a window that are padded."""
+        return sum(windows.padded for windows in self._windows)
 
     @property
     def lanes(self) -> int:
@@ -220,11 +227,6 @@ class FeatureStream(IterableDataset):
         for windows in self._windows:
             windows.forget()
 
-    def coming(self, first: int, batches: int) -> list[np.ndarray]:
-        """The rows, dataset by dataset, that this rank will read for so many batches from number `first` on: for reading ahead."""
-        numbers = np.arange(first + self._rank, first + batches * self._config.batch_size, self._world)
-        return [cut.rows for cut in self._drawn(numbers)]
-
     def _identity(self) -> dict[str, int | str]:
         """All that decides the order and the windows."""
         config = self._config
@@ -285,6 +287,10 @@ class FeatureStream(IterableDataset):
         parts = [(cut, windows) for cut, windows in zip(cuts, self._windows, strict=True) if len(cut.slots)]
         made = [windows.batch(cut.rows, cut.starts, cut.views) for cut, windows in parts]
         return made[0] if len(self._windows) == 1 else merged([cut.slots for cut, _ in parts], made, pin_memory=self._pin)
+
+
+def windows_of(index: Index, config: StreamConfig, *, pin_memory: bool) -> Windows:
+    return Windows(index, config.segments, short_clips=config.short_clips, pin_memory=pin_memory, fetch=config)
 
 
 def check_alike(indexes: Sequence[Index]) -> None:
@@ -353,7 +359,12 @@ def in_processes(stream: FeatureStream, config: StreamConfig, *, remote: bool) -
         pin_memory=config.pin_memory and torch.cuda.is_available(),
         multiprocessing_context="forkserver" if remote else "fork",
     )
-    yield from loader
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        # An error's traceback would keep the iterator, and the collector might end its queues before it: then each worker is waited for in vain.
+        batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue] - of the iterator for several processes
 
 
 def as_it_is(made: T) -> T:

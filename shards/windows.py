@@ -8,12 +8,12 @@ Knows tensors, the segment clock and the dataset format. Knows no order: which w
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float16, Int64
+from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
 from configs import storage
@@ -32,12 +32,24 @@ class Batch(TypedDict):
     features: Float16[Tensor, "b segments 8 width"]
     codes: Int64[Tensor, "b codebooks steps"]
     keys: list[str]
+    segment_mask: NotRequired[Bool[Tensor, "b segments"]]
+    """Where short clips are padded: which segments are there; what follows a clip's end is zeros."""
+    step_mask: NotRequired[Bool[Tensor, "b steps"]]
+    """Where short clips are padded: which codec steps are there."""
 
 
 class Windows:
     """The windows that a feature dataset offers, and how they are cut from mapped shards, or from an object store's blocks in memory."""
 
-    def __init__(self, index: Index, segments: int, *, pin_memory: bool = False, fetch: FetchConfig | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        segments: int,
+        *,
+        short_clips: Literal["drop", "pad"] = "drop",
+        pin_memory: bool = False,
+        fetch: FetchConfig | None = None,
+    ) -> None:
         if index.info.kind != "features":
             raise DatasetMismatch(
                 f"{index.root} is a {index.info.kind} dataset; training reads a features dataset, which `soundshard featurise` makes of it"
@@ -55,12 +67,21 @@ class Windows:
         self._stride, self._steps = SEGMENT_FRAMES // hop, clock.steps_in(segments)
         stored, steps = features.shape[:, 1], codes.shape[:, 1]
         by_count = np.array([window_starts(count, segments, hop) for count in range(stored.max() + 1)])
-        self._first_step = np.array([clock.window_steps(start * hop, segments).start for start in range(by_count.max())], np.int64)
+        self._first_step = np.array([clock.window_steps(start * hop, segments).start for start in range(max(1, by_count.max()))], np.int64)
         # A codec may give a step fewer than the pictures need: then the last starts are not offered.
         self.starts = np.minimum(by_count[stored], np.searchsorted(self._first_step + self._steps, steps, side="right"))
         """How many hop indices may begin a window, by row of the index."""
         self.views = features.shape[:, 0]
+        self._pad, short = short_clips == "pad", self.starts == 0
+        # What there is of a window: all of it, but where a short clip is padded.
+        whole = np.array([clock.steps_in(count) for count in range(segments + 1)])
+        self._segments_of = np.where(short, np.minimum(segments, (stored - 1) // self._stride + 1), segments)
+        self._steps_of = np.where(short, np.minimum(whole[self._segments_of], steps), self._steps)
+        if self._pad:
+            self.starts = np.where(short & (self._steps_of > 0), 1, self.starts)
         self.rows = np.flatnonzero(self.starts)
+        self.padded = int(np.count_nonzero(short[self.rows]))
+        """How many clips are shorter than a window, and padded."""
         if not len(self.rows):
             raise ValueError(
                 f"{index.root} has {index.ok} good clips in {sorted(set(index.table['split'].to_pylist()))} and none is as long as a window of "
@@ -126,12 +147,20 @@ class Windows:
         feature_strides = (self._stride * segment, token, feature_type.itemsize)
         code_at = self._codes.data_offset[rows] + self._first_step[starts] * code_type.itemsize
         code_rows = self._codes.shape[rows, 1] * code_type.itemsize
+        segments, steps = self._segments_of[rows], self._steps_of[rows]
+        short = np.flatnonzero(steps < self._steps)
+        features_out[short], codes_out[short] = 0, 0
         with self._bytes(rows) as (buffers, begins):
             places = zip(buffers, (feature_at - begins).tolist(), (code_at - begins).tolist(), code_rows.tolist(), strict=True)
             for number, (buffer, at, steps_at, code_row) in enumerate(places):
-                features_out[number] = np.ndarray(features_out.shape[1:], feature_type, buffer, at, feature_strides)
-                codes_out[number] = np.ndarray(codes_out.shape[1:], code_type, buffer, steps_at, (code_row, code_type.itemsize))
-        return {"features": features, "codes": codes, "keys": self._index.keys.take(pa.array(rows)).to_pylist()}
+                n, t = (segments[number], steps[number]) if len(short) else (self._segments, self._steps)
+                features_out[number, :n] = np.ndarray((n, *features_out.shape[2:]), feature_type, buffer, at, feature_strides)
+                codes_out[number, :, :t] = np.ndarray((self._codebooks, t), code_type, buffer, steps_at, (code_row, code_type.itemsize))
+        batch: Batch = {"features": features, "codes": codes, "keys": self._index.keys.take(pa.array(rows)).to_pylist()}
+        if self._pad:
+            batch["segment_mask"] = torch.from_numpy(np.arange(self._segments) < segments[:, None])
+            batch["step_mask"] = torch.from_numpy(np.arange(self._steps) < steps[:, None])
+        return batch
 
     @contextmanager
     def _bytes(self, rows: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:

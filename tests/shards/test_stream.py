@@ -2,20 +2,23 @@
 
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from shards.dataset import DatasetMismatch, create_or_check, new_info
-from shards.order import Order, check_lanes, counter_hash
 from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig, prefetched
 from shards.write import Entry, json_bytes, write_shard
 
+EXAMPLES = settings(deadline=None, database=None, max_examples=40)
 HOP_FRAMES, WIDTH, CODEBOOKS = 8, 5, 3
 ENCODEC = {"name": "toy", "sample_rate_hz": 24000, "hop_samples": 320, "codebooks": CODEBOOKS, "card": 1024}
 DAC = ENCODEC | {"sample_rate_hz": 44100, "hop_samples": 512}
@@ -144,6 +147,143 @@ def test_resume_is_exact_on_another_world_size(root, stop):
     assert state["consumed"] == 12 * (stop + 7)
 
 
+SHAPES = {"one": [1], "fewer shards than ranks": [5, 8], "unequal": [1, 29, 2], "many": [2] * 9}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Datasets of as many clips in as many shards as SHAPES says."""
+    made = {}
+    for name, sizes in SHAPES.items():
+        numbers = iter(range(99))
+        shards = [[clip(number, 5) for _, number in zip(range(size), numbers, strict=False)] for size in sizes]
+        made[name] = dataset(tmp_path_factory.mktemp("roots") / "set", shards)
+    return made
+
+
+@EXAMPLES
+@given(data=st.data(), shape=st.sampled_from(sorted(SHAPES)), lanes=st.sampled_from([1, 2, 6, 12, 24]), several=st.integers(1, 2))
+def test_any_chain_of_ranks_and_batch_sizes_gives_the_uninterrupted_samples(roots, data, shape, lanes, several):
+    """Stop at any step, go on with any ranks that share the lanes and any batch that they share: the list of samples is the same."""
+    values = {"lanes": lanes, "windows_per_clip": several}
+    windows, state = [], None
+    for _ in range(data.draw(st.integers(1, 4))):
+        world = data.draw(st.sampled_from([ranks for ranks in (1, 2, 3, 4, 8) if lanes % ranks == 0]))
+        size, steps = world * data.draw(st.integers(1, 7)), data.draw(st.integers(0, 5))
+        ranks = [stream(roots[shape], rank, world, state=state, batch_size=size, **values) for rank in range(world)]
+        shares = [[window for batch in take(one, steps) for window in told(batch)] for one in ranks]
+        windows += chain.from_iterable(zip(*shares, strict=True))
+        states = [one.state_dict() for one in ranks]
+        state = states[0]
+        assert all(other == state for other in states) and state["consumed"] == len(windows)
+    expected = chain.from_iterable(map(told, stream(roots[shape], batch_size=1, **values)))
+    assert windows == [window for _, window in zip(range(len(windows)), expected, strict=False)]
+    clips = sum(SHAPES[shape])
+    for epoch in range(len(windows) // (clips * several)):
+        keys = [key for key, *_ in windows[epoch * clips * several : (epoch + 1) * clips * several]]
+        assert sorted(keys) == sorted(several * [f"clip_{number}" for number in range(clips)])
+
+
+@EXAMPLES
+@given(data=st.data(), shape=st.sampled_from(sorted(SHAPES)), world=st.sampled_from([1, 2, 3, 4, 8]))
+def test_evaluation_sees_each_sample_once_on_any_ranks(roots, data, shape, world):
+    size = world * data.draw(st.integers(1, 9))
+    passes = [list(stream(roots[shape], rank, world, batch_size=size, shuffle=False)) for rank in range(world)]
+    assert sorted(key for one in passes for batch in one for key in batch["keys"]) == sorted(f"clip_{n}" for n in range(sum(SHAPES[shape])))
+    assert all(0 < len(batch["keys"]) <= size // world for one in passes for batch in one)
+
+
+@EXAMPLES
+@given(data=st.data(), shape=st.sampled_from(sorted(SHAPES)), world=st.sampled_from([1, 2, 3]))
+def test_passes_that_end_with_the_epoch_drop_less_than_a_batch(roots, data, shape, world):
+    clips = sum(SHAPES[shape])
+    values = {"batch_size": world * data.draw(st.integers(1, 5)), "lanes": 6, "run_on": False}
+    if clips < values["batch_size"]:
+        with pytest.raises(ValueError, match="fewer than batch_size"):
+            stream(roots[shape], 0, world, **values)
+        return
+    stop = data.draw(st.integers(0, clips // values["batch_size"]))
+    ranks = [stream(roots[shape], rank, world, **values) for rank in range(world)]
+    first = [[batch["keys"] for batch in take(one, stop)] for one in ranks]
+    resumed = [stream(roots[shape], rank, world, state=one.state_dict(), **values) for rank, one in enumerate(ranks)]
+    finished = stop == clips // values["batch_size"]
+    rest = [[] if finished else [batch["keys"] for batch in one] for one in resumed]
+    keys = [key for one in (*first, *rest) for batch in one for key in batch]
+    assert len(set(keys)) == len(keys) and clips - len(keys) == clips % values["batch_size"]
+    assert all(one.consumed == clips and one.epoch == 1 for one in resumed)
+    again = [key for one in resumed for batch in one for key in batch["keys"]]
+    assert len(set(again)) == len(again) == len(keys) and all(one.consumed == 2 * clips for one in resumed)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+def test_workers_change_nothing(root, workers):
+    """Whatever makes the batches: any rank's share of them is the same, and so is the position, which counts what was handed out."""
+    values = {"batch_size": 24, "prefetch": 2}
+    whole = [told(batch) for batch in take(stream(root, **values), 9)]
+    for rank, world in ((0, 1), (1, 2), (2, 3), (3, 4), (7, 8)):
+        made = stream(root, rank, world, workers=workers, **values)
+        assert [told(batch) for batch in take(made, 4)] == [batch[rank::world] for batch in whole[:4]] and made.consumed == 96
+        again = stream(root, rank, world, state=made.state_dict(), workers=4 - workers, **values)
+        assert [told(batch) for batch in take(again, 5)] == [batch[rank::world] for batch in whole[4:]]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_evaluate_completely_and_tell_errors(root, workers):
+    values = {"shuffle": False, "batch_size": 4}
+    assert [told(batch) for batch in stream(root, workers=workers, **values)] == [told(batch) for batch in stream(root, **values)]
+    made = stream(root, workers=workers)
+    made._indexes[0].shards[0] = "removed-000000"
+    made._indexes[0]._maps.clear()
+    with pytest.raises(ValueError, match=r"removed-000000\.tar is missing"):
+        take(made, 40)
+
+
+def test_a_loader_around_the_stream(root):
+    """PyTorch's DataLoader in the process itself passes batches on; its worker processes would lose the position, and are refused."""
+    made, expected = stream(root), [told(batch) for batch in take(stream(root), 3)]
+    assert [told(batch) for _, batch in zip(range(3), DataLoader(made, batch_size=None), strict=False)] == expected
+    assert made.consumed == 36
+    with pytest.raises(ValueError, match="a DataLoader's worker processes"):
+        next(iter(DataLoader(stream(root), batch_size=None, num_workers=1)))
+
+
+@pytest.mark.parametrize("several", [2, 3])
+def test_several_windows_of_a_clip_are_near_each_other_and_differ(root, several):
+    made = stream(root, windows_per_clip=several, batch_size=1, lanes=1, open_blocks=1, block_bytes=1)
+    assert made.samples == 37 * several
+    windows = [told(batch)[0] for batch in take(made, 37 * several)]
+    places = {}
+    for place, (key, *_) in enumerate(windows):
+        places.setdefault(key, []).append(place)
+    assert len(places) == 37 and all(len(where) == several for where in places.values())
+    assert max(max(where) - min(where) for where in places.values()) < 10 * several
+    assert len(set(windows)) > 0.8 * len(windows)
+
+
+def test_a_subset_streams_without_rewriting(root):
+    """Sparse picks, by key or by row: windows of exactly these clips, out of the same shards; another position's content."""
+    index = Index.open(root)
+    picked = index.subset(f"clip_{number}" for number in (30, 2, 3, 17))
+    assert picked.keys.to_pylist() == ["clip_2", "clip_3", "clip_17", "clip_30"] and (picked.ok, picked.failed) == (4, 0)
+    config = StreamConfig(batch_size=4, segments=2, prefetch=0)
+    made = FeatureStream(picked, config)
+    batches = take(made, 3)
+    assert all(sorted(batch["keys"]) == ["clip_17", "clip_2", "clip_3", "clip_30"] for batch in batches)
+    for batch in batches:
+        assert batch["features"][:, 0, 0, 0].tolist() == [int(key.removeprefix("clip_")) for key in batch["keys"]]
+    assert index.subset(rows=[17, 2, 3, 30, 2]).keys == picked.keys
+    with pytest.raises(DatasetMismatch, match="content"):
+        FeatureStream(index, config).load_state_dict(made.state_dict())
+    with pytest.raises(ValueError, match="no sample with key 'clip_99'"):
+        index.subset(["clip_2", "clip_99"])
+    with pytest.raises(ValueError, match="samples 0 to 36; asked for 3 to 37"):
+        index.subset(rows=[37, 3])
+    with pytest.raises(ValueError, match="0 good samples"):
+        FeatureStream(index.subset([]), config)
+
+
 def test_the_batch_size_may_change_in_mid_epoch(root):
     """The order is a list: another batch size cuts it elsewhere, and loses nothing."""
     expected = [window for batch in take(stream(root), 8) for window in told(batch)]
@@ -215,6 +355,29 @@ def test_short_clips_are_left_out_and_counted(tmp_path):
         stream(root, segments=9)
 
 
+@pytest.mark.parametrize("codec", [ENCODEC, DAC])
+def test_short_clips_are_padded_where_asked(tmp_path, codec):
+    entries = [clip(0, 1, codec=codec), clip(1, 2, codec=codec), clip(2, 3, codec=codec), clip(3, 5, short_steps=1, codec=codec)]
+    entries += [clip(4, 7, codec=codec), clip(5, 5, codec=codec)]
+    root = dataset(tmp_path / "set", [entries], codec)
+    made = stream(root, segments=3, batch_size=6, short_clips="pad")
+    assert (made.samples, made.skipped, made.padded) == (6, 0, 4)
+    assert stream(root, segments=3).skipped == 4
+    steps_in = [int(count * Fraction(16, 25) * codec["sample_rate_hz"] / codec["hop_samples"]) for count in range(4)]
+    # With a hop of 8 frames, clips of 1 and 2 stored segments hold one after the other 1, of 3 hold 2.
+    there = {"clip_0": (1, steps_in[1]), "clip_1": (1, steps_in[1]), "clip_2": (2, steps_in[2]), "clip_3": (3, steps_in[3] - 1)}
+    for batch in [*take(made, 5), *stream(root, segments=3, shuffle=False, short_clips="pad")]:
+        for number, key in enumerate(batch["keys"]):
+            segments, steps = there.get(key, (3, steps_in[3]))
+            features, codes = batch["features"][number], batch["codes"][number]
+            assert batch["segment_mask"][number].tolist() == [n < segments for n in range(3)]
+            assert batch["step_mask"][number].tolist() == [n < steps for n in range(steps_in[3])]
+            assert (features[:segments, :, 0] == int(key.removeprefix("clip_"))).all() and not features[segments:].any()
+            assert (codes[1, :steps] > 9999).all() and not codes[:, steps:].any()
+            assert codes[0, :steps].diff().eq(1).all() and (key not in there or codes[0, 0] == 0)
+    assert "segment_mask" not in take(stream(root, segments=3), 1)[0]
+
+
 def test_one_sample(tmp_path):
     root = dataset(tmp_path / "set", [[clip(3, 9)]])
     made = stream(root)
@@ -239,72 +402,6 @@ def test_codebooks_must_be_those_of_the_spec(tmp_path):
     root = dataset(tmp_path / "set", [[clip(0, 5)]], ENCODEC | {"codebooks": 4})
     with pytest.raises(ValueError, match=r"with 4 codebooks .* \[\[8, 5, 3\]\]"):
         stream(root)
-
-
-def test_numbers_that_do_not_divide_are_refused_with_the_nearest():
-    assert check_lanes(64, None, 1) == 64 and check_lanes(96, None, 3) == 48 and check_lanes(7, None, 7) == 7 and check_lanes(200, None, 1) == 50
-    with pytest.raises(ValueError, match=r"batch_size is 64, .* 3 ranks .*: 63, 66"):
-        check_lanes(64, None, 3)
-    with pytest.raises(ValueError, match=r"3 ranks .*: 3, 6"):
-        check_lanes(5, None, 3)
-    with pytest.raises(ValueError, match=r"48 lanes .* 32 ranks; set lanes to 32 or 96"):
-        check_lanes(96, None, 32)
-    assert check_lanes(96, 32, 32) == 32
-
-
-def slow_order(blocks, lanes, open_blocks, seed, epochs):
-    """The definition, one sample at a time: positions in turn take the next sample of lane (position mod lanes)."""
-    blocks = np.asarray(blocks)
-    position, order = 0, []
-    for epoch in range(epochs):
-        ranking = counter_hash(seed, 0, epoch, np.arange(blocks.max() + 1))
-        permuted = sorted(set(blocks.tolist()), key=lambda block: ranking[block])
-        dealt = [(place, sample) for place, block in enumerate(permuted) for sample in np.flatnonzero(blocks == block).tolist()]
-        share = Counter((position + k) % lanes for k in range(len(blocks)))
-        mine = {}
-        for lane in range(lanes):
-            stretch, dealt = dealt[: share[lane]], dealt[share[lane] :]
-            jitter = {sample: int(counter_hash(seed, 1, epoch, np.array([sample]))[0] >> np.uint64(11)) / 2**53 for _, sample in stretch}
-            mine[lane] = [sample for _, sample in sorted(stretch, key=lambda pair: pair[0] + open_blocks * jitter[pair[1]])]
-        for _ in range(len(blocks)):
-            order.append(mine[position % lanes].pop(0))
-            position += 1
-    return order
-
-
-@pytest.mark.parametrize(("samples", "lanes", "open_blocks"), [(37, 12, 3), (5, 7, 1), (1, 3, 2), (64, 8, 4), (30, 1, 2)])
-def test_order_against_its_definition(samples, lanes, open_blocks):
-    blocks = np.sort(np.random.default_rng(samples).integers(0, max(1, samples // 3), samples))
-    blocks = np.unique(blocks, return_inverse=True)[1]
-    order = Order(blocks, lanes=lanes, open_blocks=open_blocks, seed=11)
-    expected = slow_order(blocks, lanes, open_blocks, 11, 4)
-    assert order.items(np.arange(4 * samples)).tolist() == expected
-    anywhere = np.random.default_rng(1).permutation(4 * samples)
-    assert order.items(anywhere).tolist() == [expected[position] for position in anywhere]
-
-
-def test_a_lane_holds_few_blocks_open():
-    """Between a block's first and last sample in a lane, few other blocks are in use: what reading ahead from a store can rely on."""
-    samples, per_block, lanes, open_blocks = 6000, 20, 4, 3
-    order = Order(np.arange(samples) // per_block, lanes=lanes, open_blocks=open_blocks, seed=1).items(np.arange(samples))
-    for lane in range(lanes):
-        used = order[lane::lanes] // per_block
-        first, last = {}, {}
-        for time_used, block in enumerate(used.tolist()):
-            first.setdefault(block, time_used)
-            last[block] = time_used
-        open_at_once = max(sum(first[b] <= now <= last[b] for b in first) for now in range(0, len(used), 7))
-        assert 2 <= open_at_once <= open_blocks + 1
-        assert len(set(used[:40].tolist())) > 2  # and more than one: they are shuffled together
-
-
-def test_counter_hash_is_stable_and_even():
-    """Values are fixed: a checkpoint's position must mean the same in every version."""
-    assert counter_hash(5, 2, 3, np.arange(2)).tolist() == [1291262004622105597, 11682014402152971953]
-    bits = np.unpackbits(counter_hash(0, 1, 0, np.arange(20000)).view(np.uint8)).reshape(20000, 64)
-    assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.02
-    draws = counter_hash(1, 2, np.arange(7000) % 7, np.arange(7000)) % np.uint64(7)
-    assert np.abs(np.bincount(draws.astype(int), minlength=7) / 1000 - 1).max() < 0.15
 
 
 def test_shuffling_mixes_a_small_set(root):
@@ -350,7 +447,9 @@ def test_errors_in_the_thread_are_raised_to_the_consumer(root):
 
 
 def test_bad_values_are_refused(root):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="segments=0: expected at least 1"):
         stream(root, segments=0)
+    with pytest.raises(ValueError, match="no dataset"):
+        FeatureStream([], StreamConfig())
     with pytest.raises(ValueError, match="prefetch"):
         FeatureStream(Index.open(root), replace(StreamConfig(), prefetch=-1))
