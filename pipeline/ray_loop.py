@@ -22,7 +22,7 @@ from configs.load import JobError
 from pipeline.plan import Plan, ShardPlan
 from pipeline.progress import Metrics, Progress, Snapshot, Tally, Tick
 from pipeline.watch import Watch
-from pipeline.workers import MACHINE_FAULTS, Started, Workers, WriteOrder, Written, not_on, root_cause, write_task
+from pipeline.workers import MACHINE_FAULTS, RAY_RETRIES, Started, Workers, WriteOrder, Written, failed_entry, not_on, root_cause, write_task
 
 TRIES = 5
 """Times that the loop starts a unit whose process is lost, each of which Ray repeats by itself too, before it gives its clips up."""
@@ -267,19 +267,35 @@ class _Loop:
         except (RayError, OSError, ValueError) as error:
             self._stop(unit.shard, error)
         unit.payload, unit.running = unit.running.payload, None
+        self._back(unit, tick)
+
+    def _restart(self, unit: _Unit, error: BaseException | str) -> None:
+        """Queue a unit again whose process or result is lost."""
+        unit.tries, unit.running, unit.payload = unit.tries + 1, None, None
+        if isinstance(error, RayActorError) and "error raised in its creation task" in str(error):
+            self._stop(unit.shard, error)
+        if unit.tries > TRIES:
+            if self.stage.networks or len(unit.places) > 1:  # a broken device or installation: no clip is to blame
+                self._stop(unit.shard, error)
+            self._give_up(unit)
+            return
+        self.restarted += 1
+        self.waiting.append(unit)
+
+    def _give_up(self, unit: _Unit) -> None:
+        """A clip whose worker dies again and again costs itself a row, not the job."""
+        (clip,) = (unit.shard.plan.clips[place] for place in unit.places)
+        message = f"the worker that had this clip died each of the {unit.tries * (RAY_RETRIES + 1)} times that it was tried"
+        unit.payload = ray.put(tuple([failed_entry(clip, "crashed", message)] for _ in self.stage.outputs))
+        self._back(unit, Tick(1, ((clip.key, "crashed", message),)))
+
+    def _back(self, unit: _Unit, tick: Tick) -> None:
+        """A unit's result is there."""
         if not unit.counted:
             unit.counted = True
             self._count(tick)
         if all(other.payload is not None for other in unit.shard.units):
             self._start_write(unit.shard)
-
-    def _restart(self, unit: _Unit, error: BaseException | str) -> None:
-        """Queue a unit again whose process or result is lost."""
-        unit.tries, unit.running, unit.payload = unit.tries + 1, None, None
-        if unit.tries > TRIES or (isinstance(error, RayActorError) and "error raised in its creation task" in str(error)):
-            self._stop(unit.shard, error)
-        self.restarted += 1
-        self.waiting.append(unit)
 
     def _start_write(self, shard: _Shard) -> None:
         payloads = [unit.payload for unit in shard.units if unit.payload is not None]

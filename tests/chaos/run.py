@@ -45,7 +45,7 @@ class Chaos:
         """Until the driver ends."""
         choice, began, node_times = random.Random(self.seed), time.monotonic(), [8.0 + 15 * n for n in range(self.node_kills)]
         while self.driver.process.poll() is None and time.monotonic() - began < LONGEST_SECONDS:
-            time.sleep(self.kill_seconds)
+            time.sleep(min(4 * self.kill_seconds, choice.expovariate(1 / self.kill_seconds)))
             if workers := self.nodes.workers():
                 victim = choice.choice(sorted(workers))
                 name = command_of(victim).split("(")[0].removeprefix("ray::").strip()
@@ -69,7 +69,7 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
     """The whole experiment; returns its figures, `wrong` among them."""
     expected = make_inputs(folder / "in", clips, bad=bad, seed=seed, kinds=BAD)
     networks = small_networks(folder)
-    arguments = [f"source={folder / 'in'}", "encode.short_side=64", "encode.preset=ultrafast", "clips_per_shard=23", "clip_seconds=5"]
+    arguments = [f"source={folder / 'in'}", "encode.short_side=64", "encode.preset=ultrafast", "clips_per_shard=23", "clip_seconds=3"]
     arguments += ["clip_memory_mb=600"]
     if job == "prepare":
         arguments += [f"tower.weights={networks['tower']}", f"codec.weights={networks['codec']}", "tower.device=cpu", "actors=2", "chunk_clips=4"]
@@ -93,8 +93,9 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
         seconds = time.monotonic() - started
         status = driver.wait()
         time.sleep(3)
+        print(driver.text)
         wrong = [] if status == 0 else [f"exit status {status}: {driver.text[-2000:]}"]
-        for dataset in ("media", "features") if job == "prepare" else ("",):
+        for dataset in () if wrong else ("media", "features") if job == "prepare" else ("",):
             root, reference = (storage.join(out, dataset), str(folder / "calm" / dataset)) if dataset else (out, str(folder / "calm"))
             wrong += [f"{dataset}: {line}" for line in check(root, folder / "in", expected)]
             if sha256s(root) != sha256s(reference):
@@ -104,7 +105,6 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
     time.sleep(2)
     if stray := [command_of(process) for process in {*decoders(), *descendants(os.getpid())}]:
         wrong.append(f"stray processes {stray}")
-    print(driver.text)
     return {
         "clips": clips,
         "bad": bad,
