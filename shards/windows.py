@@ -148,14 +148,15 @@ class Windows:
         code_at = self._codes.data_offset[rows] + self._first_step[starts] * code_type.itemsize
         code_rows = self._codes.shape[rows, 1] * code_type.itemsize
         segments, steps = self._segments_of[rows], self._steps_of[rows]
-        short = np.flatnonzero(steps < self._steps)
+        short = np.flatnonzero(steps < self._steps).tolist()
         features_out[short], codes_out[short] = 0, 0
+        there = {number: (features_out[number, : segments[number]], codes_out[number, :, : steps[number]]) for number in short}
         with self._bytes(rows) as (buffers, begins):
             places = zip(buffers, (feature_at - begins).tolist(), (code_at - begins).tolist(), code_rows.tolist(), strict=True)
             for number, (buffer, at, steps_at, code_row) in enumerate(places):
-                n, t = (segments[number], steps[number]) if len(short) else (self._segments, self._steps)
-                features_out[number, :n] = np.ndarray((n, *features_out.shape[2:]), feature_type, buffer, at, feature_strides)
-                codes_out[number, :, :t] = np.ndarray((self._codebooks, t), code_type, buffer, steps_at, (code_row, code_type.itemsize))
+                features_to, codes_to = there.get(number) or (features_out[number], codes_out[number])
+                features_to[:] = np.ndarray(features_to.shape, feature_type, buffer, at, feature_strides)
+                codes_to[:] = np.ndarray(codes_to.shape, code_type, buffer, steps_at, (code_row, code_type.itemsize))
         batch: Batch = {"features": features, "codes": codes, "keys": self._index.keys.take(pa.array(rows)).to_pylist()}
         if self._pad:
             batch["segment_mask"] = torch.from_numpy(np.arange(self._segments) < segments[:, None])
