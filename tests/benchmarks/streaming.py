@@ -13,7 +13,6 @@ left out; needs the extra `dev`); `folder` keeps the sets for another run. Print
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,9 +20,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.streaming_readers import READERS, Measured, Task
+from tests.benchmarks.streaming_readers import READERS, Measured, Task, in_a_process
 from tests.benchmarks.streaming_resume import Resumed, resumed
 from tests.benchmarks.streaming_sets import Shape, written
+from tests.benchmarks.streaming_storage import BYTES_PER_SECOND, LATENCY_SECONDS, REMOTE, from_storage
 
 DEFAULTS = {
     "samples": "4000",
@@ -38,6 +38,8 @@ DEFAULTS = {
 }
 COLUMNS = {"samples_per_s": "samples/s", "cpu_s": "CPU s per 1,000", "first_s": "first batch s", "memory_mb": "memory MB", "missing": "missing"}
 
+LINKS = {"direct": "directly", "link": f"{1000 * LATENCY_SECONDS:.0f} ms a request and {BYTES_PER_SECOND / 1e6:.0f} MB/s a connection"}
+
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print."""
@@ -47,13 +49,15 @@ def main(arguments: Sequence[str]) -> None:
     names = [name for name in names if name not in absent]
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(options["folder"] or temporary)
-        local = measure(root, names, options)
+        local = measure(root, [name for name in names if name != "bare ranges"], options)
         print(table(local))
         for name, module in absent.items():
             print(f"{name} is left out: {module} is not installed (extra `peers`)")
         found: dict[str, Any] = {"benchmark": "streaming", **options, "local": local, "left_out": list(absent)}
         if int(options["resume"]):
             found["resume"] = asdict(resume(root, options))
+        if int(options["storage"]):
+            found["storage"] = stored(root, [name for name in REMOTE if name in names], options)
     print(json.dumps(found))
 
 
@@ -79,14 +83,6 @@ def measure(root: Path, names: Sequence[str], options: dict[str, str]) -> dict[s
             rounds[name].append(in_a_process(task))
             print(f"round {number}: {name}: {rounds[name][-1]}", file=sys.stderr, flush=True)
     return summary(rounds)
-
-
-def in_a_process(task: Task) -> Measured:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.streaming_readers", json.dumps(asdict(task))]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"{task.reader} failed:\n{ended.stderr[-3000:]}")
-    return Measured(**json.loads(ended.stdout.splitlines()[-1]))
 
 
 def warm(folder: Path) -> None:
@@ -118,6 +114,15 @@ def table(found: dict[str, dict[str, float]]) -> str:
         cells = [f"{figures[column]:,.0f}" if figures[column] >= 100 else f"{figures[column]:.3g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def stored(root: Path, names: Sequence[str], options: dict[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+    """One epoch of each reader from object storage, directly and behind a link; medians."""
+    template = Task("", "", int(options["storage"]), int(options["hop_frames"]), int(options["batch_size"]), 0.0)
+    found = {way: summary(rounds) for way, rounds in from_storage(root, names, template, int(options["rounds"])).items()}
+    for way, figures in found.items():
+        print(f"\nFrom object storage, {LINKS[way]}: one epoch of {options['storage']} samples, opening included\n\n{table(figures)}")
+    return found
 
 
 def resume(root: Path, options: dict[str, str]) -> Resumed:

@@ -10,11 +10,13 @@ import io
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
@@ -25,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from configs import storage
 from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig
 from tests.benchmarks.streaming_sets import CODEC, SEGMENTS, Shape
@@ -45,7 +48,7 @@ class Task:
     hop_frames: int
     batch_size: int
     seconds: float
-    """Read at least this long, and at least one epoch; 0: exactly one epoch."""
+    """Read at least this long, and at least one epoch; 0: one epoch."""
     round: int = 0
 
     @cached_property
@@ -189,6 +192,28 @@ def bare_read(task: Task) -> Iterator[Batch]:
         yield out._replace(keys=[keys[row] for row in rows.tolist()])
 
 
+RANGE_BYTES = 8 << 20
+RANGES_AT_ONCE = 16
+
+
+def bare_ranges(task: Task) -> Iterator[Batch]:
+    """From an object store: the tars once, in order, in ranges of a block's length, as many at a time as `soundshard` asks for, none used."""
+    index = Index.open(task.place)
+    ends = np.maximum.reduceat(index.members["json"].offset + index.members["json"].size, np.unique(index.shard_of, return_index=True)[1])
+    ranges = [(shard, start, min(start + RANGE_BYTES, end)) for shard, end in enumerate(ends.tolist()) for start in range(0, end, RANGE_BYTES)]
+    offset, keys = index.members["json"].offset, index.keys.to_pylist()
+
+    def get(part: tuple[int, int, int]) -> list[str]:
+        shard, start, end = part
+        data = storage.read_bytes(storage.join(task.place, f"{index.shards[shard]}.tar"), start, end)
+        assert len(data) == end - start
+        return [keys[row] for row in np.flatnonzero((index.shard_of == shard) & (offset >= start) & (offset < end))]
+
+    out = empty(task, task.batch_size)
+    with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+        yield from (out._replace(keys=found) for found in pool.map(get, ranges))
+
+
 def empty(task: Task, samples: int) -> Batch:
     """A batch to be filled."""
     _, _, tokens, width = task.shape.features
@@ -303,6 +328,8 @@ def litdata_with(**options: Any) -> Callable[[Task], Iterator[Batch]]:
                 "cache_dir": tempfile.mkdtemp(),
                 "storage_options": {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]},
             }
+            # It has no option for a server without TLS, which this one is.
+            library("litdata.streaming.downloader")._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         else:
             where = {"input_dir": task.place}
         dataset = litdata.StreamingDataset(**where, shuffle=True, seed=task.round, transform=lambda item: as_tensors(cut(item)), **options)
@@ -320,6 +347,7 @@ READERS: dict[str, Reader] = {
     "flat memory map": Reader("flat", flat_map, about="floor: equal samples in two mapped files"),
     "flat memory map, gathered": Reader("flat", flat_gather, about="floor: the same, a whole batch by one call"),
     "bare read": Reader("tar", bare_read, about="floor: every byte of every sample read, none used"),
+    "bare ranges": Reader("tar", bare_ranges, about="floor, from storage: every byte once, in 8 MB ranges, 16 at a time"),
     "Arrow file": Reader("arrow", arrow_file, about="mapped"),
     "npz files": Reader("npz", npz_files, about="one a sample"),
     "webdataset": Reader("tar", webdataset_stock, ("webdataset",), "stock: .shuffle(1000).decode().map(crop).batched(64)"),
@@ -338,7 +366,7 @@ READERS: dict[str, Reader] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What reading took, from the first batch on; the first batch by itself."""
+    """What reading took: from the first batch on, or where one epoch was asked for (`Task.seconds` = 0) all of it."""
 
     samples_per_s: float
     cpu_s: float
@@ -349,6 +377,8 @@ class Measured:
     """Anonymous and shared memory (proportional share) of the process and its children, beyond what importing took. Mapped files do not count."""
     missing: int
     """Samples of the set that did not come in the first epoch's number of samples."""
+    epoch_s: float
+    """From opening the set until the first epoch's end."""
 
 
 def measured(task: Task) -> Measured:
@@ -358,20 +388,33 @@ def measured(task: Task) -> Measured:
         importlib.import_module(module)
     time.sleep(SETTLE_SECONDS)
     before = memory_bytes()
-    began = time.perf_counter()
+    cpu, opened = cpu_seconds(), time.perf_counter()
     batches = reader.batches(task)
     batch = next(batches)
-    first = time.perf_counter() - began
-    keys, read = list(batch.keys), 0
-    cpu, began = cpu_seconds(), time.perf_counter()
-    while read + task.batch_size < task.samples or time.perf_counter() - began < task.seconds:
+    first, began = time.perf_counter() - opened, opened
+    keys, read, epoch = list(batch.keys), 0, 0.0
+    if task.seconds:
+        cpu, began = cpu_seconds(), time.perf_counter()
+    else:
+        read = len(batch.keys)
+    while len(keys) < task.samples or time.perf_counter() - began < task.seconds:
         batch = next(batches)
         read += len(batch.keys)
         if len(keys) < task.samples:
             keys += batch.keys
+            epoch = time.perf_counter() - opened
     wall, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     missing = task.samples - len(set(keys[: task.samples]))
-    return Measured(read / wall, 1000 * cpu / read, first, (memory_bytes() - before) / 1e6, missing)
+    return Measured(read / wall, 1000 * cpu / read, first, (memory_bytes() - before) / 1e6, missing, epoch)
+
+
+def in_a_process(task: Task, environment: Mapping[str, str] | None = None) -> Measured:
+    """Measured in a process of its own, with these variables on top of this one's."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.streaming_readers", json.dumps(asdict(task))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env={**os.environ, **(environment or {})})
+    if ended.returncode:
+        raise RuntimeError(f"{task.reader} failed:\n{ended.stderr[-3000:]}")
+    return Measured(**json.loads(ended.stdout.splitlines()[-1]))
 
 
 def family() -> list[int]:
