@@ -386,6 +386,7 @@ def measured(task: Task) -> Measured:
     reader = READERS[task.reader]
     for module in reader.modules:
         importlib.import_module(module)
+    pa.scalar("")  # with the first conversion pyarrow imports pandas, where that is installed: 55 MB and a quarter of a second
     time.sleep(SETTLE_SECONDS)
     before = memory_bytes()
     cpu, opened = cpu_seconds(), time.perf_counter()
