@@ -116,15 +116,26 @@ class FeatureData(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self._attached()
-        return TrainLoader(FeatureStream(self._train, self._stream, trainer.global_rank, trainer.world_size), trainer.strategy.root_device)
+        stream = FeatureStream(self._train, self._stream, trainer.global_rank, trainer.world_size)
+        tell(trainer, stream, "training")
+        return TrainLoader(stream, trainer.strategy.root_device)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         trainer = self._attached()
         if not self._validation:
             return []
         config = replace(self._stream, weights=None)
-        return ValidationLoader(FeatureStream(self._validation, config, trainer.global_rank, trainer.world_size, shuffle=False))
+        stream = FeatureStream(self._validation, config, trainer.global_rank, trainer.world_size, shuffle=False)
+        tell(trainer, stream, "validation")
+        return ValidationLoader(stream)
 
     def _attached(self) -> Any:
         assert self.trainer is not None
         return self.trainer
+
+
+def tell(trainer: Any, stream: FeatureStream, split: str) -> None:
+    """Say what became of clips shorter than a window, if there are any."""
+    for clips, what in ((stream.skipped, "left out (stream.short_clips=pad takes them)"), (stream.padded, "padded")):
+        if clips and trainer.is_global_zero:
+            print(f"data   {clips} {split} clips are shorter than a window and {what}", flush=True)

@@ -74,6 +74,7 @@ class TrainerConfig:
 
 FREE = {
     "data",
+    "out",
     "copy_weights",
     "stream.prefetch",
     "stream.workers",

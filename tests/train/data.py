@@ -1,5 +1,6 @@
 """Small feature datasets made by program, and a training configuration small enough for them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,38 @@ WIDTH, CODEBOOKS, CARD, SEGMENTS = 5, 3, 11, 5
 """Features' width, codebooks, codes; segments of a clip on the grid without overlap."""
 
 
-def write_features(root: Path, *, clips: int = 24, validation: int = 0, weights: Path | None = None, **spec: Any) -> Path:
-    """A feature dataset on EnCodec's clock: `clips` training clips in shards of 7, and validation clips if asked for. Deterministic."""
+def write_features(
+    root: Path,
+    *,
+    clips: int = 24,
+    validation: int = 0,
+    first: int = 0,
+    lengths: Sequence[int] = (SEGMENTS,),
+    weights: Path | None = None,
+    **spec: Any,
+) -> Path:
+    """A feature dataset on EnCodec's clock: `clips` training clips in shards of 7, numbered from `first`, and validation clips if asked for.
+
+    `lengths` are the clips' segments, again and again. Deterministic.
+    """
     codec = {"name": "encodec24", "sample_rate_hz": 24000, "hop_samples": 320, "channels": 1, "codebooks": CODEBOOKS, "card": CARD}
     described = {"hop_frames": 16, "views": 1, "tower": {"config": {"width": WIDTH}, "weights_sha256": "0" * 64}, "codec": codec, **spec}
     provenance = {"weights": {"tower": {"path": str(weights), "sha256": sha256_file(weights)}}} if weights else {}
     create_or_check(root, new_info("features", described, provenance))
     for split, count in (("train", clips), ("validation", validation)):
-        entries = [_entry(split, number) for number in range(count)]
-        for shard, first in enumerate(range(0, count, 7)):
-            write_shard(root, f"{split}-{shard:06d}", entries[first : first + 7])
+        entries = [_entry(split, number, lengths[number % len(lengths)]) for number in range(first, first + count)]
+        for shard, begin in enumerate(range(0, count, 7)):
+            write_shard(root, f"{split}-{shard:06d}", entries[begin : begin + 7])
     write_manifest(root)
     return root
 
 
-def _entry(split: str, number: int) -> Entry:
+def _entry(split: str, number: int, segments: int) -> Entry:
     draw = np.random.default_rng([number, split == "validation"])
-    avclip = draw.normal(size=(1, SEGMENTS, 8, WIDTH)).astype(np.float16)
-    codes = draw.integers(CARD, size=(CODEBOOKS, SEGMENTS * 48), dtype=np.uint16)
+    avclip = draw.normal(size=(1, segments, 8, WIDTH)).astype(np.float16)
+    codes = draw.integers(CARD, size=(CODEBOOKS, segments * 48), dtype=np.uint16)
     members = {"avclip.npy": avclip, "encodec24.npy": codes, "json": b"{}"}
-    return Entry(f"{split}{number}", split, None, f"{split}{number}.mp4", duration_seconds=SEGMENTS * 0.64, members=members)
+    return Entry(f"{split}{number}", split, None, f"{split}{number}.mp4", duration_seconds=segments * 0.64, members=members)
 
 
 SMALL = """

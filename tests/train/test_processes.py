@@ -1,6 +1,7 @@
 """The job as a user starts it: several processes that train as one, and signals that end it in order."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,3 +77,29 @@ def test_signal_leaves_a_checkpoint_to_resume_from(tmp_path: Path, number: int, 
     if devices == 1:
         one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "straight"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_killed_training_has_the_curve_of_one_that_was_not(tmp_path: Path) -> None:
+    """SIGKILL in mid-epoch, and then one process goes on, or two: each step's loss is that of an uninterrupted run."""
+    data = write_features(tmp_path / "data", clips=97)
+    options = [*NO_DRAWS, "trainer.log_every=1", "trainer.checkpoint_every=4", "schedule.total_steps=1000"]
+    job = start(data, tmp_path / "one", *options, "trainer.max_steps=100000")
+    wait_for_rows(job, tmp_path / "one", 6)
+    os.killpg(job.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    reached = read_metrics(tmp_path / "one")[-1]["step"]
+    last = torch.load(tmp_path / "one/checkpoints/last.ckpt", weights_only=True)
+    position = last["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["consumed"]
+    assert position == 6 * last["global_step"] and position % 97
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    options.append(f"trainer.max_steps={reached + 9}")
+    two = start(data, tmp_path / "two", *options, "trainer.devices=2")
+    run(small_config(data, tmp_path / "one", *options))
+    run(small_config(data, tmp_path / "straight", *options))
+    errors = two.communicate(timeout=300)[1]
+    assert two.returncode == 0, errors
+    curves = {name: [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name)] for name in ("straight", "one", "two")}
+    assert curves["one"] == curves["straight"] and [step for step, _ in curves["straight"]] == [*range(1, reached + 10)]
+    assert [step for step, _ in curves["two"]] == [*range(1, reached + 10)]
+    assert [loss for _, loss in curves["two"]] == pytest.approx([loss for _, loss in curves["straight"]], abs=2e-4)

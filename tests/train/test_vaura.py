@@ -149,6 +149,46 @@ def test_accumulating_over_a_resume(data: Path, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "straight", tmp_path / "parts")
 
 
+def test_resuming_a_mixture_changes_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = write_features(tmp_path / "other", clips=5, validation=2, first=100)
+    options = [f"data=[{data},{other}]", "stream.weights=[1,2]"]
+    straight = run(small_config(data, tmp_path / "straight", *TEN_STEPS, *options))
+    assert f"data   {data}, {other}: 23 + 5 training clips, 7 + 2 validation clips" in capsys.readouterr().out
+    assert [row["samples"] for row in read_metrics(straight) if row["split"] == "validation"] == [9, 9]
+    stop_after(data, tmp_path / "parts", 6, *options)
+    with pytest.raises(ValueError, match=r"stream.weights: \[1.0, 2.0\] there, \[2.0, 1.0\] here"):
+        run(small_config(data, tmp_path / "parts", *TEN_STEPS, *options, "stream.weights=[2,1]"))
+    run(small_config(data, tmp_path / "parts", *TEN_STEPS, *options, "stream.workers=1"))
+    assert_same_weights(straight, tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"another order of samples.*fingerprint: None there.*data\[1\].content"):
+        run(small_config(data, tmp_path / "parts", *TEN_STEPS, "trainer.max_steps=12", "trainer.ckpt_path=last"))
+
+
+def test_padded_clips_count_the_same_however_a_batch_is_shared_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_features(tmp_path / "data", clips=23, validation=5, lengths=(1, 5, 2, 3))
+    run(small_config(data, tmp_path / "one", *NO_DRAWS, "stream.segments=3", "stream.short_clips=pad"))
+    out = capsys.readouterr().out
+    assert "12 training clips are shorter than a window and padded" in out and "3 validation clips are shorter" in out
+    run(small_config(data, tmp_path / "three", *NO_DRAWS, "stream.segments=3", "stream.short_clips=pad", "trainer.accumulate=3"))
+    assert_same_gradients(tmp_path / "one", tmp_path / "three")
+    first = read_metrics(tmp_path / "one")[0]
+    assert first["loss"] == pytest.approx(math.log(CARD), abs=1e-6)
+    capsys.readouterr()
+    run(small_config(data, tmp_path / "dropped", *NO_DRAWS, "stream.segments=3", "trainer.max_steps=1", "schedule.warmup_steps=0"))
+    assert "12 training clips are shorter than a window and left out" in capsys.readouterr().out
+
+
+def test_epochs_that_end_are_followed_by_the_next(data: Path, tmp_path: Path) -> None:
+    """With stream.run_on=false, each epoch of 23 clips is 3 steps of 6 and drops 5."""
+    options = ["stream.run_on=false", "trainer.keep_every=1"]
+    run(small_config(data, tmp_path / "straight", *TEN_STEPS, *options))
+    states = [torch.load(tmp_path / f"straight/checkpoints/step-{step:09d}.ckpt", weights_only=True) for step in (2, 3, 4, 7)]
+    assert [state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["consumed"] for state in states] == [12, 23, 29, 52]
+    stop_after(data, tmp_path / "parts", 6, *options)
+    run(small_config(data, tmp_path / "parts", *TEN_STEPS, *options))
+    assert_same_weights(tmp_path / "straight", tmp_path / "parts")
+
+
 def assert_same_gradients(left: Path, right: Path) -> None:
     """AdamW's means of the gradients, which show their scale; its steps do not, and blow up what is nothing but rounding."""
     one, other = (torch.load(f / "checkpoints/step-000000002.ckpt", weights_only=True)["optimizer_states"][0]["state"] for f in (left, right))
