@@ -86,11 +86,13 @@ def beside(groups: np.ndarray, per_shard: int) -> float:
 
 def held(order: np.ndarray, blocks: np.ndarray, lanes: int, ranks: int) -> int:
     """The most samples that the blocks in use hold together at a time, on the first rank."""
-    mine = blocks[order.reshape(-1, ranks)[:, 0]] * lanes + np.arange(0, len(order), ranks) % lanes  # a block cut between two lanes is held for each
+    numbers = np.arange(0, len(order), ranks)
+    uses = numbers // len(blocks) * (blocks[-1] + 1) + blocks[order[numbers]]  # in another epoch it is fetched anew
+    mine = uses * lanes + numbers % lanes  # a block cut between two lanes is held for each
     pieces, first, number = np.unique(mine, return_index=True, return_inverse=True)
     last = np.zeros(len(pieces), np.int64)
     np.maximum.at(last, number, np.arange(len(mine)))
-    sizes = np.bincount(blocks)[pieces // lanes]
+    sizes = np.bincount(blocks)[pieces // lanes % (blocks[-1] + 1)]
     change = np.zeros(len(mine) + 1, np.int64)
     np.add.at(change, first, sizes)
     np.add.at(change, last + 1, -sizes)
