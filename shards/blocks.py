@@ -9,19 +9,17 @@ Memory: what is in use (the caller's order decides how much that is), and at mos
 Knows object storage and numbers of ranges. Knows no samples and no tensors.
 """
 
-import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from configs import storage
 from shards.cache import RangeCache
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class FetchConfig:
 
     read_ahead_mb: int = 256
     """Megabytes requested ahead of their use, on each rank. What is in use comes on top: lanes / ranks x (open_blocks + 1) x block_bytes at most."""
-    connections: int = 16
+    connections: int = 32
     """Requests in flight at a time, on each rank. One connection to an object store gives 20 to 90 MB/s."""
     cache_dir: str | None = None
     """A local folder in which what was fetched is kept for the next epoch and for other processes; null for none."""
@@ -83,39 +81,44 @@ class BlockReader:
         np.add.at(self._coming, numbers, 1)
         self._request_ahead()
 
-    def take(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
-        """The bytes of these ranges, which were told, once all of them are there. They stay until `done` is called with the same numbers."""
-        wanted = np.unique(numbers).tolist()
-        for number in wanted:
-            if number not in self._held:
-                self._request(number)
-            if number in self._unused:
-                self._unused.discard(number)
-                self._unused_bytes -= int(self._size[number])
-        self._request_ahead()
-        return {number: self._result(number) for number in wanted}
+    @contextmanager
+    def using(self, numbers: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """For each [start, stop) in a range: bytes that hold it, and where in the file they begin.
 
-    def done(self, numbers: np.ndarray) -> None:
-        """These uses were made: a range that no other was told of is let go."""
-        np.subtract.at(self._coming, numbers, 1)
-        for number in np.unique(numbers).tolist():
-            if self._coming[number] <= 0:
-                self._held.pop(number, None)
-        self._request_ahead()
-
-    def told(self, numbers: np.ndarray) -> np.ndarray:
-        """Which of these ranges were told, and have uses left."""
-        return self._coming[numbers] > 0
-
-    def fetch(self, wanted: Iterable[tuple[int, int, int]]) -> list[np.ndarray]:
-        """Other ranges (file, start, stop), now, and not kept: for the few bytes that a first batch needs before whole blocks are there."""
-        return list(self._pool.map(lambda each: self._read(*each), wanted))
+        What was told comes from its whole range, and is one use of it. Of another range only what is wanted is fetched, and not kept: a first batch
+        need not wait for whole ranges.
+        """
+        told = self._coming[numbers] > 0
+        held = self._take(np.unique(numbers[told]).tolist())
+        others = zip(numbers[~told].tolist(), starts[~told].tolist(), stops[~told].tolist(), strict=True)
+        alone = self._pool.map(lambda wanted: self._part(*wanted), others)
+        found = [held[number] if known else next(alone) for number, known in zip(numbers.tolist(), told.tolist(), strict=True)]
+        yield [data for data, _ in found], np.array([begin for _, begin in found], np.int64)
+        self._done(numbers[told])
 
     def close(self) -> None:
         """Ends all requests, and lets go of all bytes. What waits for a store that does not answer ends within seconds."""
         self._stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._held.clear()
+
+    def _take(self, numbers: list[int]) -> dict[int, tuple[np.ndarray, int]]:
+        """These ranges, once all of them are there."""
+        for number in numbers:
+            if number not in self._held:
+                self._request(number)
+            if number in self._unused:
+                self._unused.discard(number)
+                self._unused_bytes -= int(self._size[number])
+        self._request_ahead()
+        return {number: (self._result(number), int(self._ranges.start[number])) for number in numbers}
+
+    def _done(self, numbers: np.ndarray) -> None:
+        """These uses were made: a range of which no other was told is let go."""
+        np.subtract.at(self._coming, numbers, 1)
+        for number in np.unique(numbers).tolist():
+            if not self._coming[number]:
+                self._held.pop(number, None)
 
     def _request_ahead(self) -> None:
         most = self._config.read_ahead_mb << 20
@@ -138,24 +141,34 @@ class BlockReader:
         try:
             return self._held[number].result()
         except BaseException:
-            self._held.pop(number)  # so that another try may do better
+            self._held.pop(number, None)  # so that another try may do better
             raise
 
     def _block(self, number: int) -> np.ndarray:
-        file, start, stop = (int(values[number]) for values in (self._ranges.file, self._ranges.start, self._ranges.stop))
-        if self._cache is None:
-            return self._read(file, start, stop)
-        found = self._version(self._ranges.paths[file], stop)
-        kept = self._cache.get(found, start, stop)
+        """A range, from the cache or from afar, and then in the cache."""
+        kept = self._kept(number)
         if kept is not None:
             return kept
-        data = self._read(file, start, stop)
-        self._cache.put(found, start, data)
+        found, start, stop = self._place(number)
+        data = np.frombuffer(storage.read_range(found, start, stop, stop=self._stop), np.uint8)
+        if self._cache is not None:
+            self._cache.put(found, start, data)
         return data
 
-    def _read(self, file: int, start: int, stop: int) -> np.ndarray:
-        found = self._version(self._ranges.paths[file], stop)
-        return np.frombuffer(storage.read_range(found, start, stop, stop=self._stop), np.uint8)
+    def _part(self, number: int, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """A part of a range, and where it begins; all of the range if that is in the cache."""
+        found, begin, _ = self._place(number)
+        kept = self._kept(number)
+        if kept is not None:
+            return kept, begin
+        return np.frombuffer(storage.read_range(found, start, stop, stop=self._stop), np.uint8), start
+
+    def _kept(self, number: int) -> np.ndarray | None:
+        return None if self._cache is None else self._cache.get(*self._place(number))
+
+    def _place(self, number: int) -> tuple[storage.Stat, int, int]:
+        ranges = self._ranges
+        return self._version(ranges.paths[int(ranges.file[number])], int(ranges.stop[number])), int(ranges.start[number]), int(ranges.stop[number])
 
     def _version(self, path: str, end: int) -> storage.Stat:
         """The file as one listing showed it, before anything was read."""

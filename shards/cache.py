@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -49,30 +50,46 @@ class RangeCache:
         path = self._path(found, start, stop)
         try:
             os.utime(path)
-            kept = np.memmap(path, mode="r", dtype=np.uint8)
+            if os.path.getsize(path) != stop - start:  # damaged
+                return None
+            return np.memmap(path, mode="r", dtype=np.uint8)
         except FileNotFoundError:  # or evicted just now
             return None
-        return kept if kept.size == stop - start else None
 
     def put(self, found: storage.Stat, start: int, data: np.ndarray) -> None:
         """Keeps the bytes from `start` on of this version of an object, if there is room. A disk that fails is told once, and done without."""
         if time.monotonic() < self._pause_until:
             return
+        path = self._path(found, start, start + data.size)
+        temporary = self._folder / f".{path.name}.{secrets.token_hex(6)}.tmp"
         try:
-            with contextlib.ExitStack() as stack:
-                with self._locked() as count:
-                    if not self._has_room(count, data.size):
-                        self._pause_until = time.monotonic() + FULL_SECONDS
-                        return
-                    # The file has its size from the beginning, while the lock is held: whoever counts the folder anew counts it.
-                    file = stack.enter_context(storage.writing(self._path(found, start, start + data.size)))
-                    file.truncate(data.size)
-                file.write(data.data)
+            file = self._reserve(path, temporary, data.size)
+            if file is not None:
+                with file:
+                    file.write(data.data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    with self._locked():
+                        os.replace(temporary, path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             self._pause_until = time.monotonic() + FULL_SECONDS
             if not self._told:
                 log.warning("%s: cannot keep what was fetched, going on without (%s)", self._folder, error)
             self._told = True
+
+    def _reserve(self, path: Path, temporary: Path, size: int) -> BinaryIO | None:
+        """A new file that counts with its size from now on; None if there is no room, or another process was faster."""
+        with self._locked() as count:
+            if path.is_file() and path.stat().st_size == size:
+                return None
+            if not self._has_room(count, size):
+                self._pause_until = time.monotonic() + FULL_SECONDS
+                return None
+            file = open(temporary, "xb")  # noqa: SIM115 - the caller closes it
+            fcntl.flock(file, fcntl.LOCK_EX)  # which tells `storage.sweep` that somebody writes it
+            file.truncate(size)
+            return file
 
     def _path(self, found: storage.Stat, start: int, stop: int) -> Path:
         return self._folder / f"{sha256(f'{found.path} {found.version} {start} {stop}'.encode()).hexdigest()[:32]}.range"

@@ -45,6 +45,8 @@ from shards.windows import Batch, Windows
 
 BLOCKS_PER_LANE = 8
 """A small dataset is cut into smaller blocks than configured, so that a lane still has this many to shuffle."""
+MOST_PLANNED = 2**18
+"""Samples that are told ahead to what reads object storage: a block of a dataset that hardly comes into a mixture may be fetched more than once."""
 T = TypeVar("T")
 
 
@@ -209,8 +211,10 @@ class FeatureStream(IterableDataset):
 
     def _told_ahead(self, plan: Iterator[tuple[int, list[Cut]]]) -> Iterator[tuple[int, list[Cut]]]:
         """The plan itself. What follows its first batch is told to the windows, as far ahead as lanes keep a block open."""
-        most = math.ceil(self.samples / self._blocks * self._lanes * (self._config.open_blocks + 1) / self._config.batch_size)
+        most = math.ceil(self._reach / self._config.batch_size)
         coming: deque[tuple[int, list[Cut]]] = deque()
+        for windows in self._windows:
+            windows.begin()
         try:
             for number, item in enumerate(plan):
                 if number:
@@ -240,14 +244,17 @@ class FeatureStream(IterableDataset):
         return {**names, "lanes": self._lanes, **datasets}
 
     def _set_lanes(self, lanes: int) -> None:
-        config, self._lanes, self._orders, self._blocks = self._config, lanes, [], 0
+        config, self._lanes, self._orders, lengths = self._config, lanes, [], []
         for windows, seed in zip(self._windows, self._seeds, strict=True):
             blocks = windows.blocks(min(config.block_bytes, windows.bytes // (BLOCKS_PER_LANE * lanes)))
             blocks = np.repeat(blocks, config.windows_per_clip) if self._shuffle else blocks
-            self._blocks += int(blocks[-1]) + 1
+            lengths.append(len(blocks) / (blocks[-1] + 1))
             self._orders.append(Order(blocks, lanes=lanes, open_blocks=config.open_blocks, seed=seed))
         self._lengths = [len(order) for order in self._orders]
         self._mixture = Mixture(config.weights or [float(length) for length in self._lengths], lanes=lanes)
+        shares = np.array(self._mixture.shares) / sum(self._mixture.shares)
+        # How many numbers pass from a block's first use to its last.
+        self._reach = min(MOST_PLANNED, int(max(lengths / shares) * lanes * (config.open_blocks + 1)))
 
     def _training(self) -> Iterator[tuple[int, np.ndarray]]:
         """This rank's numbers of each batch, and the position after the batch."""

@@ -102,7 +102,7 @@ class Windows:
     def blocks(self, block_bytes: int) -> np.ndarray:
         """The block of every row in `rows`, counted from 0: runs of a shard of this many bytes."""
         shard, block = self._index.shard_of[self.rows], self._features.offset[self.rows] // max(1, block_bytes)
-        self.forget()
+        self.begin()
         self._ranges, self._range_of = self._cut_ranges(block_bytes)
         return _runs((np.diff(shard) != 0) | (np.diff(block) != 0))
 
@@ -111,11 +111,15 @@ class Windows:
         if self._remote:
             self._blocks().tell(self._range_of[rows])
 
+    def begin(self) -> None:
+        """Before the first of a new sequence of rows: forgets what was told of another."""
+        self.forget()
+        self._reader = None
+
     def forget(self) -> None:
-        """What was told will not be asked for: ends all requests and frees the blocks."""
+        """What was told will not be asked for: ends all requests and frees the blocks. Of a thread that still asks, too: it gets an error."""
         if self._reader is not None:
             self._reader.close()
-            self._reader = None
 
     def _blocks(self) -> BlockReader:
         if self._reader is None:
@@ -125,8 +129,7 @@ class Windows:
     def _cut_ranges(self, block_bytes: int) -> tuple[Ranges, np.ndarray]:
         """What to request at a time, and which of it each row needs: neighbouring rows, with no wide gap between them, that share a block."""
         rows, index = self.rows, self._index
-        members = [(each.offset[rows], each.offset[rows] + each.size[rows]) for each in (self._features, self._codes)]
-        start, stop = np.minimum(members[0][0], members[1][0]), np.maximum(members[0][1], members[1][1])
+        start, stop = self._extent(rows)
         gap, place = start[1:] - stop[:-1], self._features.offset[rows] // min(max(1, block_bytes), storage.PART_BYTES)
         cuts = (np.diff(index.shard_of[rows]) != 0) | (np.diff(place) != 0) | (gap < 0) | (gap > WIDEST_GAP_BYTES)
         of = np.full(len(index), -1)
@@ -139,7 +142,7 @@ class Windows:
         """The windows of these rows at these hop indices, cut before they are copied: a window is a quarter of a 10 s clip's bytes."""
         features = torch.empty((len(rows), self._segments, SEGMENT_TOKENS, self._width), dtype=torch.float16, pin_memory=self._pin)
         codes = torch.empty((len(rows), self._codebooks, self._steps), dtype=torch.int64, pin_memory=self._pin)
-        features_out, codes_out = features.numpy(), codes.numpy()
+        features_out, codes_out = features.numpy(), np.empty(codes.shape, self._codes.dtype)
         feature_type, code_type = self._features.dtype, self._codes.dtype
         token = self._width * feature_type.itemsize
         segment = SEGMENT_TOKENS * token
@@ -148,15 +151,16 @@ class Windows:
         code_at = self._codes.data_offset[rows] + self._first_step[starts] * code_type.itemsize
         code_rows = self._codes.shape[rows, 1] * code_type.itemsize
         segments, steps = self._segments_of[rows], self._steps_of[rows]
-        short = np.flatnonzero(steps < self._steps).tolist()
-        features_out[short], codes_out[short] = 0, 0
-        there = {number: (features_out[number, : segments[number]], codes_out[number, :, : steps[number]]) for number in short}
+        features_to, codes_to = list(features_out), list(codes_out)
+        for number in np.flatnonzero(steps < self._steps).tolist():
+            features_to[number][:], codes_to[number][:] = 0, 0
+            features_to[number], codes_to[number] = features_to[number][: segments[number]], codes_to[number][:, : steps[number]]
         with self._bytes(rows) as (buffers, begins):
-            places = zip(buffers, (feature_at - begins).tolist(), (code_at - begins).tolist(), code_rows.tolist(), strict=True)
-            for number, (buffer, at, steps_at, code_row) in enumerate(places):
-                features_to, codes_to = there.get(number) or (features_out[number], codes_out[number])
-                features_to[:] = np.ndarray(features_to.shape, feature_type, buffer, at, feature_strides)
-                codes_to[:] = np.ndarray(codes_to.shape, code_type, buffer, steps_at, (code_row, code_type.itemsize))
+            places = zip(features_to, codes_to, buffers, (feature_at - begins).tolist(), (code_at - begins).tolist(), code_rows.tolist(), strict=True)
+            for feature_to, code_to, buffer, at, steps_at, code_row in places:
+                feature_to[:] = np.ndarray(feature_to.shape, feature_type, buffer, at, feature_strides)
+                code_to[:] = np.ndarray(code_to.shape, code_type, buffer, steps_at, (code_row, code_type.itemsize))
+        codes.numpy()[:] = codes_out  # widened all at once
         batch: Batch = {"features": features, "codes": codes, "keys": self._index.keys.take(pa.array(rows)).to_pylist()}
         if self._pad:
             batch["segment_mask"] = torch.from_numpy(np.arange(self._segments) < segments[:, None])
@@ -169,14 +173,14 @@ class Windows:
         if not self._remote:
             yield [self._index.mapped(shard) for shard in self._index.shard_of[rows].tolist()], np.zeros(len(rows), np.int64)
             return
-        reader, numbers = self._blocks(), self._range_of[rows]
-        told = reader.told(numbers)
-        begins = np.where(told, self._ranges.start[numbers], np.minimum(self._features.offset[rows], self._codes.offset[rows]))
-        stops = np.maximum(*((each.offset + each.size)[rows] for each in (self._features, self._codes)))
-        alone = iter(reader.fetch(zip(self._index.shard_of[rows][~told].tolist(), begins[~told].tolist(), stops[~told].tolist(), strict=True)))
-        blocks = reader.take(numbers[told])
-        yield [blocks[number] if known else next(alone) for number, known in zip(numbers.tolist(), told.tolist(), strict=True)], begins
-        reader.done(numbers[told])
+        starts, stops = self._extent(rows)
+        with self._blocks().using(self._range_of[rows], starts, stops) as found:
+            yield found
+
+    def _extent(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in its shard what a window may need of each row begins and ends."""
+        members = [(each.offset[rows], each.offset[rows] + each.size[rows]) for each in (self._features, self._codes)]
+        return np.minimum(members[0][0], members[1][0]), np.maximum(members[0][1], members[1][1])
 
 
 def _runs(changes: np.ndarray) -> np.ndarray:

@@ -229,6 +229,8 @@ class Proxy:
     """Faults so far, by name."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """(method, path and query) of every request, those with faults included."""
+    signers: list[str] = field(default_factory=list)
+    """The access key of every request."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     began: float | None = None
     opaque_etags: bool = False
@@ -265,6 +267,7 @@ def proxied(target: S3, faults: Faults) -> Iterator[Proxy]:
         def handle_request(self) -> None:
             self.close_connection = True
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            proxy.signers.append(self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0])
             fault = proxy.choose(self.command, self.path)
             if fault == "error":
                 self._answer(proxy.random.choice([500, 503]), {}, b"<Error><Code>SlowDown</Code><Message>Not now.</Message></Error>")
