@@ -66,7 +66,9 @@ def run_stage(config: FeaturiseConfig, ray_cluster: Cluster) -> tuple[Summary, S
     config = replace(config, data=data, out=out, tower=settle_device(config.tower, out, ray_cluster))
     open_dataset(out, feature_info(config, {"media_fingerprint": media.fingerprint}), overwrite=config.overwrite)
     plan = settle_plan(out, media_plans, data, config=config, derived=True)  # feature shard N holds the clips of media shard N
-    stage = Stage("featurise", (out,), config.chunk_clips, lambda: actor_pool(FeaturiseActor, config), networks=True, device=config.tower.device)
+    stage = Stage(
+        "featurise", (out,), config.chunk_clips, lambda units: actor_pool(FeaturiseActor, config, units), networks=True, device=config.tower.device
+    )
     return carry_out(stage, plan, config, ray_cluster)
 
 
@@ -139,15 +141,15 @@ def cluster_device() -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
 
 
-def actor_pool(actor_class: type[UnitActor], config: FeaturiseOptions) -> Actors:
-    """Start the processes that hold the networks: as many as asked for, else as many as the cluster has devices for."""
+def actor_pool(actor_class: type[UnitActor], config: FeaturiseOptions, units: int) -> Actors:
+    """Start the processes that hold the networks: as many as asked for, else as many as the cluster has devices for, and no more than units."""
     on_gpu = config.tower.device.startswith("cuda")
     resources = ray.cluster_resources()
     count = config.actors or max(1, int(resources.get("GPU", 1)) if on_gpu else int(resources.get("CPU", 1)) // config.tower.threads)
     return Actors(
         actor_class,
         config,
-        count=count,
+        count=min(count, units),
         num_gpus=1 if on_gpu else 0,
         num_cpus=config.decode_threads if on_gpu else config.tower.threads,
         calls=2 if on_gpu else 1,

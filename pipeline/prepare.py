@@ -72,7 +72,7 @@ def _run_fused(config: PrepareConfig, media: str, features: str, ray_cluster: Cl
         "prepare",
         (media, features),
         config.chunk_clips,
-        lambda: featurise.actor_pool(FusedActor, config),
+        lambda units: featurise.actor_pool(FusedActor, config, units),
         networks=True,
         device=config.tower.device,
     )

@@ -96,8 +96,8 @@ class Stage:
     """The datasets that every shard is written into, committed in this order."""
     unit_clips: int
     """Clips in one unit. One call costs about 5 ms, so a unit should take half a second or more."""
-    workers: Callable[[], Workers]
-    """Starts what runs the units. Called only if there is something to do, when Ray is up."""
+    workers: Callable[[int], Workers]
+    """Starts what runs so many units. Called only if there is something to do, when Ray is up."""
     networks: bool = False
     """Whether the workers hold networks."""
     device: str = "cpu"
@@ -171,8 +171,8 @@ class _Loop:
 
     def __init__(self, stage: Stage, todo: Todo, in_flight: int, freeze_seconds: float, progress: Progress) -> None:
         self.stage, self.todo, self.progress = stage, todo, progress
-        self.workers = stage.workers()
         wanted = todo.missing | set(todo.retry)
+        self.workers = stage.workers(sum(-(-todo.plan.counts[name] // stage.unit_clips) for name in wanted))
         self.clips = sum(todo.plan.counts[name] for name in wanted)
         self.left, self.plans = len(wanted), todo.plan.shards(wanted)
         per_shard = max(1, self.clips // max(1, len(wanted)))

@@ -54,7 +54,7 @@ def run_stage(config: ReencodeConfig, ray_cluster: Cluster) -> tuple[Summary, St
     open_dataset(out, media_info(config), overwrite=config.overwrite)
     plan = settle_plan(out, discover, config, config=config, clips_per_shard=config.clips_per_shard)
     # An encode takes seconds, a call milliseconds: one clip a task, so that a lost process costs one clip's work.
-    stage = Stage("reencode", (out,), 1, lambda: Tasks(encode_unit, config.encode, limits_of(config)))
+    stage = Stage("reencode", (out,), 1, lambda _: Tasks(encode_unit, config.encode, limits_of(config)))
     return carry_out(stage, plan, config, ray_cluster)
 
 

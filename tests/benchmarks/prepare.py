@@ -5,7 +5,8 @@
 Three ways over the same clips, one after the other in every round:
 
 - bare: one process per core, each a loop that does its share of the same encodes, forward passes and tar bytes, and nothing else;
-- soundshard: the two stages as the job runs them, on a Ray that is up;
+- soundshard: the two stages as the job runs them, on a Ray that is up. `start` is what a stage takes however many clips there are (planning, starting
+  workers, the manifest), found by running half of the clips too; the rates are those of the clips beyond that half, which is what a long job sees;
 - published: an ffmpeg process per clip with the published command; then, a clip at a time, decode the pictures, decode the sound, tower, codec (a
   process per core too), with nothing batched across clips and nothing decoded ahead.
 
@@ -107,16 +108,22 @@ def in_processes(function: Callable[..., None], shares: Sequence[Share]) -> floa
         process.start()
     barrier.wait()
     started = time.perf_counter()
+    barrier.wait()
+    seconds = time.perf_counter() - started
     for process in processes:
         process.join()
-        assert process.exitcode == 0, "a bare loop failed; its message is above"
-    return time.perf_counter() - started
+    return seconds
 
 
 def _timed(barrier: Any, function: Callable[..., None], share: Share, name: str) -> None:
     torch.set_num_threads(1)
     barrier.wait()
-    function(share, name)
+    try:
+        function(share, name)
+    except BaseException:
+        barrier.abort()  # the others and the parent wait for this one
+        raise
+    barrier.wait()
 
 
 def published_encode(clips: Share, folder: str, cores: int) -> float:
@@ -158,6 +165,9 @@ def main(argv: list[str]) -> None:
         featuring = FeatureOptions(tower=tower, codec=codec)
         clips = make_source(folder / "in", options.get("source", ""), count)
         shares = [clips[core::cores] for core in range(cores)]
+        (folder / "in-half").mkdir()
+        for path in clips[: count // 2]:
+            (folder / "in-half" / Path(path).name).hardlink_to(path)
         started = time.perf_counter()
         ray_cluster.start()
         ray_seconds = time.perf_counter() - started
@@ -170,20 +180,27 @@ def main(argv: list[str]) -> None:
                 "encode bare": in_processes(functools.partial(bare_encode, root=str(out / "bare"), options=encoding), shares),
                 "encode published": published_encode(clips, str(out / "published"), cores),
             }
-            config = reencode.ReencodeConfig(source=str(folder / "in"), out=str(out / "media"), encode=encoding, clips_per_shard=max(2, count // 4))
-            started = time.perf_counter()
-            reencode.run_stage(config, ray_cluster)
-            here["encode soundshard"] = time.perf_counter() - started
+            for part, source in (("half", "in-half"), ("", "in")):
+                config = reencode.ReencodeConfig(source=str(folder / source), out=str(out / f"media{part}"), encode=encoding, clips_per_shard=8)
+                started = time.perf_counter()
+                reencode.run_stage(config, ray_cluster)
+                here[f"encode soundshard{part}"] = time.perf_counter() - started
             keys = [[Path(path).stem for path in share] for share in shares]
             ours = functools.partial(bare_features, media=str(out / "media"), root=str(out / "bare-f"), options=featuring)
             here["features bare"] = in_processes(ours, keys)
             stored = [[str(out / "published" / Path(path).name) for path in share] for share in shares]
             theirs = functools.partial(published_features, folder=str(out / "published-f"), options=featuring)
             here["features published"] = in_processes(theirs, stored)
-            features = featurise.FeaturiseConfig(data=str(out / "media"), out=str(out / "features"), tower=tower, codec=codec, actors=cores)
-            started = time.perf_counter()
-            featurise.run_stage(features, ray_cluster)
-            here["features soundshard"] = time.perf_counter() - started
+            for part in ("half", ""):
+                data, made = str(out / f"media{part}"), str(out / f"features{part}")
+                started = time.perf_counter()
+                featurise.run_stage(
+                    featurise.FeaturiseConfig(data=data, out=made, tower=tower, codec=codec, actors=cores, chunk_clips=4), ray_cluster
+                )
+                here[f"features soundshard{part}"] = time.perf_counter() - started
+            for stage in ("encode", "features"):
+                whole, half = here[f"{stage} soundshard"], here.pop(f"{stage} soundshardhalf")
+                here[f"{stage} soundshard"], here[f"{stage} start"] = 2 * (whole - half), max(0.0, 2 * half - whole)
             shutil.rmtree(out)
             print({way: round(value, 2) for way, value in here.items()}, flush=True)
             for way, value in here.items() if number else ():
@@ -191,7 +208,8 @@ def main(argv: list[str]) -> None:
     middle = {way: statistics.median(values) for way, values in seconds.items()}
     for way in ("bare", "soundshard", "published"):
         middle[f"both {way}"] = middle[f"encode {way}"] + middle[f"features {way}"]
-    figures: dict[str, Any] = {f"{way} clips/s": round(count / value, 3) for way, value in middle.items()}
+    starts = {f"{stage} start seconds": round(middle.pop(f"{stage} start"), 1) for stage in ("encode", "features")}
+    figures: dict[str, Any] = starts | {f"{way} clips/s": round(count / value, 3) for way, value in middle.items()}
     for part in ("encode", "features", "both"):
         figures[f"{part}: of the bare loops"] = round(middle[f"{part} bare"] / middle[f"{part} soundshard"], 3)
         figures[f"{part}: times the published way"] = round(middle[f"{part} published"] / middle[f"{part} soundshard"], 3)

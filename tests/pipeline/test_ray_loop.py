@@ -63,11 +63,11 @@ def run(out: Path, stage: Stage, count: int = 17, clips_per_shard: int = 5, **op
 
 
 def tasks(out: Path, marks: Path, unit_clips: int = 1) -> Stage:
-    return Stage("work", (str(out),), unit_clips, lambda: Tasks(work, str(marks)))
+    return Stage("work", (str(out),), unit_clips, lambda _: Tasks(work, str(marks)))
 
 
 def actors(out: Path, marks: Path, unit_clips: int, calls: int = 1) -> Stage:
-    return Stage("work", (str(out),), unit_clips, lambda: Actors(Careful, str(marks), count=2, num_cpus=0, calls=calls), networks=True)
+    return Stage("work", (str(out),), unit_clips, lambda _: Actors(Careful, str(marks), count=2, num_cpus=0, calls=calls), networks=True)
 
 
 def test_the_bytes_do_not_depend_on_units_workers_or_deaths(tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def wrong(shard: str, clips: Sequence[Clip]) -> tuple[Tick, Payload]:
 
 def test_a_bug_stops_the_job_at_once(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"work stopped at shard train-00000\d: RuntimeError: a bug in train"):
-        run(tmp_path, Stage("work", (str(tmp_path),), 1, lambda: Tasks(wrong)))
+        run(tmp_path, Stage("work", (str(tmp_path),), 1, lambda _: Tasks(wrong)))
 
 
 def test_two_datasets_are_written_together_and_mended_separately(tmp_path: Path) -> None:
     both = (str(tmp_path / "a"), str(tmp_path / "b"))
     open_dataset(both[0], new_info("media", {"made": "by a test"}), overwrite=False)
 
-    stage = Stage("work", both, 2, lambda: Tasks(twice))
+    stage = Stage("work", both, 2, lambda _: Tasks(twice))
     assert run(tmp_path / "b", stage).ok == 16
     before = sha256s(both[0]), sha256s(both[1])
     (tmp_path / "b" / "train-000001.parquet").unlink()
