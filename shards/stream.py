@@ -78,7 +78,8 @@ class StreamConfig(FetchConfig):
     prefetch: int = 2
     """Batches prepared ahead by one background thread (by each worker process, where there are); 0 for none."""
     workers: int = 0
-    """Processes that make batches in place of the thread."""
+    """Processes that make batches in place of the thread. For datasets in object storage they are started anew, and import your script: what it does
+    must then be under `if __name__ == "__main__"`."""
     pin_memory: bool = False
     """Assemble batches in page-locked memory, for faster copies to a GPU. Ignored where there is none."""
 
@@ -364,7 +365,7 @@ def in_processes(stream: FeatureStream, config: StreamConfig, *, remote: bool) -
         prefetch_factor=max(1, config.prefetch),
         collate_fn=as_it_is,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
-        multiprocessing_context="forkserver" if remote else "fork",
+        multiprocessing_context="spawn" if remote else "fork",
     )
     batches = iter(loader)
     try:

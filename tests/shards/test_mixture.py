@@ -154,6 +154,16 @@ def test_workers_and_padding_mix_too(roots):
     assert padded == [of_second(key) for batch in expected for key in batch["keys"]]
 
 
+def test_places_mix(roots, s3):
+    """One dataset on disk and one in object storage, read by a thread or by a process, give what they give on disk."""
+    elsewhere = dataset(s3.url, [[clip(50 + n, 4) for n in range(SECOND)]])
+    expected = [told(batch) for batch in take(mixed(roots), 5)]
+    for values in ({"prefetch": 2}, {"workers": 1}):
+        made = mixed([roots[0], elsewhere], **values)
+        assert [told(batch) for batch in take(made, 5)] == expected
+        assert made.state_dict() == mixed(roots).state_dict() | {"consumed": 60}
+
+
 def test_subsets_mix(roots):
     first, second = (Index.open(root) for root in roots)
     made = FeatureStream([first.subset(["clip_3", "clip_11"]), second.subset(rows=[7])], StreamConfig(batch_size=6, segments=2, lanes=3))

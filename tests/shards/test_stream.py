@@ -386,6 +386,7 @@ def test_one_sample(tmp_path):
     evaluated = list(stream(root, shuffle=False))
     assert len(evaluated) == 1 and evaluated[0]["features"].shape[0] == 1
     assert [len(list(stream(root, rank, 2, shuffle=False))) for rank in range(2)] == [1, 0]
+    assert [batch["keys"] for batch in stream(root, shuffle=False, workers=2)] == [["clip_3"]]
 
 
 def test_an_empty_split_is_a_clear_error(tmp_path):
