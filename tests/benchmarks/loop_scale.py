@@ -3,9 +3,9 @@
     python -m tests.benchmarks.loop_scale [clips=100000] [small=1000] [unit_clips=1,8] [records=512] [megabytes=2] [cpus=2]
 
 First every clip is a row that fails at once, so that neither media nor tar bytes are part of the figures: what is measured is the plan, the
-scheduling, the results' way to the writers, the ledgers and the manifest. Then `records` clips of `megabytes` each, beside a bare loop that writes the
-same bytes: the difference is what the object store and the tasks cost per clip, also given as a share of a clip's encode (tests/benchmarks/reencode.py).
-The last line is JSON.
+scheduling, the results' way to the writers, the ledgers and the manifest. Then `records` clips of `megabytes` each, beside a bare loop that writes
+the same bytes: the difference is what the object store and the tasks cost per clip, also given as a share of a clip's encode (see reencode.py). The
+last line is JSON.
 """
 
 import json
