@@ -1,10 +1,14 @@
 """Blocks from object storage: the same batches as from a disk, also where storage is far away, unwell or gone, and what is fetched for them."""
 
+import json
 import re
 import threading
+import time
 from collections import Counter
 from concurrent.futures import wait
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from urllib.parse import urlsplit
 
@@ -267,4 +271,53 @@ def test_credentials_exchanged_in_the_environment_are_used(local, remote, flaky_
             monkeypatch.setenv(name, value)
         got += [next(batches) for _ in range(8)]
     assert_equal(got, take(stream(local), 10))
+    assert set(proxy.signers) == {KEYS["AWS_ACCESS_KEY_ID"], LISTING_KEYS["AWS_ACCESS_KEY_ID"]}
+
+
+@pytest.fixture
+def metadata_server():
+    """What a cloud's machines ask for their role's credentials, by IMDSv2. `keys` is what it hands out, `asked` how often it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        keys, asked = KEYS, 0
+
+        def do_PUT(self) -> None:
+            self._answer("a token")
+
+        def do_GET(self) -> None:
+            if self.path.endswith("/security-credentials/"):
+                self._answer("role")
+                return
+            Handler.asked += 1
+            keys, until = Handler.keys, datetime.now(UTC) + timedelta(seconds=10)  # renewed from five minutes before that on
+            named = {"AccessKeyId": keys["AWS_ACCESS_KEY_ID"], "SecretAccessKey": keys["AWS_SECRET_ACCESS_KEY"], "Token": ""}
+            self._answer(json.dumps({**named, "Expiration": until.isoformat().replace("+00:00", "Z")}))
+
+        def _answer(self, text: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing: a test's output is its own."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}", Handler
+        listening.shutdown()
+
+
+def test_a_roles_credentials_are_renewed_before_they_expire(local, remote, flaky_s3, metadata_server, monkeypatch):
+    proxy, (address, served) = flaky_s3(Faults()), metadata_server
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", address)
+    with closing(iter(stream(remote, prefetch=0, read_ahead_mb=1, connections=1))) as batches:
+        got = [next(batches) for _ in range(2)]
+        asked, served.keys = served.asked, LISTING_KEYS
+        time.sleep(0.2)  # it is not asked more often than every tenth of a second
+        got += [next(batches) for _ in range(6)]
+    assert_equal(got, take(stream(local), 8))
+    assert 0 < asked < served.asked
     assert set(proxy.signers) == {KEYS["AWS_ACCESS_KEY_ID"], LISTING_KEYS["AWS_ACCESS_KEY_ID"]}
