@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -118,8 +118,9 @@ class FeatureStream(IterableDataset):
         check_alike(self._indexes)
         if config.weights is not None and len(config.weights) != len(self._indexes):
             raise ValueError(f"{len(config.weights)} weights for {len(self._indexes)} datasets; give one for each")
-        self._pin = config.pin_memory and torch.cuda.is_available()
-        self._windows = [windows_of(index, config, pin_memory=self._pin and len(self._indexes) == 1) for index in self._indexes]
+        self._windows = [
+            Windows(index, config.segments, short_clips=config.short_clips, pin_memory=config.pin_memory, fetch=config) for index in self._indexes
+        ]
         self._remote = any(storage.is_remote(index.root) for index in self._indexes)
         # Datasets of a mixture draw each for itself; the first as it would alone.
         self._seeds = [config.seed, *counter_hash(config.seed, LIST, 0, np.arange(1, len(self._indexes))).tolist()]
@@ -292,13 +293,11 @@ class FeatureStream(IterableDataset):
         return cuts
 
     def _batch(self, cuts: list[Cut]) -> Batch:
-        parts = [(cut, windows) for cut, windows in zip(cuts, self._windows, strict=True) if len(cut.slots)]
-        made = [windows.batch(cut.rows, cut.starts, cut.views) for cut, windows in parts]
-        return made[0] if len(self._windows) == 1 else merged([cut.slots for cut, _ in parts], made, pin_memory=self._pin)
-
-
-def windows_of(index: Index, config: StreamConfig, *, pin_memory: bool) -> Windows:
-    return Windows(index, config.segments, short_clips=config.short_clips, pin_memory=pin_memory, fetch=config)
+        batch = self._windows[0].empty(sum(len(cut.slots) for cut in cuts))
+        for cut, windows in zip(cuts, self._windows, strict=True):
+            if len(cut.slots):
+                windows.fill(batch, cut.slots, cut.rows, cut.starts, cut.views)
+        return batch
 
 
 def check_alike(indexes: Sequence[Index]) -> None:
@@ -326,18 +325,6 @@ def spans(first: int, size: int, epoch: int | None) -> Iterator[tuple[int, int]]
         after = first + size if end - first >= 2 * size else end
         yield first, after
         first = after
-
-
-def merged(slots: Sequence[np.ndarray], parts: Sequence[Batch], *, pin_memory: bool) -> Batch:
-    """One batch of several datasets' parts, each at its slots."""
-    size, whole = sum(map(len, slots)), {}
-    for name, tensor in parts[0].items():
-        if isinstance(tensor, torch.Tensor):
-            whole[name] = torch.empty((size, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=pin_memory)
-            for places, part in zip(slots, parts, strict=True):
-                whole[name][torch.from_numpy(places)] = part[name]
-    keys = dict(pair for places, part in zip(slots, parts, strict=True) for pair in zip(places.tolist(), part["keys"], strict=True))
-    return cast(Batch, whole | {"keys": [keys[slot] for slot in range(size)]})
 
 
 class WorkerBatches(IterableDataset):

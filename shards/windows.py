@@ -139,10 +139,25 @@ class Windows:
         return Ranges(paths, index.shard_of[rows][first], start[first], stop[last]), of
 
     def batch(self, rows: np.ndarray, starts: np.ndarray, views: np.ndarray) -> Batch:
-        """The windows of these rows at these hop indices, cut before they are copied: a window is a quarter of a 10 s clip's bytes."""
-        features = torch.empty((len(rows), self._segments, SEGMENT_TOKENS, self._width), dtype=torch.float16, pin_memory=self._pin)
-        codes = torch.empty((len(rows), self._codebooks, self._steps), dtype=torch.int64, pin_memory=self._pin)
-        features_out, codes_out = features.numpy(), np.empty(codes.shape, self._codes.dtype)
+        """The windows of these rows at these hop indices."""
+        batch = self.empty(len(rows))
+        self.fill(batch, np.arange(len(rows)), rows, starts, views)
+        return batch
+
+    def empty(self, size: int) -> Batch:
+        """A batch of so many windows, for `fill`."""
+        features = torch.empty((size, self._segments, SEGMENT_TOKENS, self._width), dtype=torch.float16, pin_memory=self._pin)
+        codes = torch.empty((size, self._codebooks, self._steps), dtype=torch.int64, pin_memory=self._pin)
+        batch: Batch = {"features": features, "codes": codes, "keys": [""] * size}
+        if self._pad:
+            batch["segment_mask"] = torch.ones((size, self._segments), dtype=torch.bool)
+            batch["step_mask"] = torch.ones((size, self._steps), dtype=torch.bool)
+        return batch
+
+    def fill(self, batch: Batch, slots: np.ndarray, rows: np.ndarray, starts: np.ndarray, views: np.ndarray) -> None:
+        """Puts windows into these places of a batch, which ascend, cut before they are copied: a window is a quarter of a 10 s clip's bytes."""
+        features_out, codes_out = batch["features"].numpy(), np.empty((len(rows), self._codebooks, self._steps), self._codes.dtype)
+        assert features_out.shape[-1] == self._width and batch["codes"].shape[1:] == codes_out.shape[1:]
         feature_type, code_type = self._features.dtype, self._codes.dtype
         token = self._width * feature_type.itemsize
         segment = SEGMENT_TOKENS * token
@@ -151,7 +166,7 @@ class Windows:
         code_at = self._codes.data_offset[rows] + self._first_step[starts] * code_type.itemsize
         code_rows = self._codes.shape[rows, 1] * code_type.itemsize
         segments, steps = self._segments_of[rows], self._steps_of[rows]
-        features_to, codes_to = list(features_out), list(codes_out)
+        features_to, codes_to = [features_out[slot] for slot in slots.tolist()], list(codes_out)
         for number in np.flatnonzero(steps < self._steps).tolist():
             features_to[number][:], codes_to[number][:] = 0, 0
             features_to[number], codes_to[number] = features_to[number][: segments[number]], codes_to[number][:, : steps[number]]
@@ -160,12 +175,12 @@ class Windows:
             for feature_to, code_to, buffer, at, steps_at, code_row in places:
                 feature_to[:] = np.ndarray(feature_to.shape, feature_type, buffer, at, feature_strides)
                 code_to[:] = np.ndarray(code_to.shape, code_type, buffer, steps_at, (code_row, code_type.itemsize))
-        codes.numpy()[:] = codes_out  # widened all at once
-        batch: Batch = {"features": features, "codes": codes, "keys": self._index.keys.take(pa.array(rows)).to_pylist()}
-        if self._pad:
-            batch["segment_mask"] = torch.from_numpy(np.arange(self._segments) < segments[:, None])
-            batch["step_mask"] = torch.from_numpy(np.arange(self._steps) < steps[:, None])
-        return batch
+        batch["codes"].numpy()[slots if len(slots) < len(batch["keys"]) else ...] = codes_out  # widened all at once
+        for slot, key in zip(slots.tolist(), self._index.keys.take(pa.array(rows)).to_pylist(), strict=True):
+            batch["keys"][slot] = key
+        if "segment_mask" in batch and "step_mask" in batch:
+            batch["segment_mask"].numpy()[slots] = np.arange(self._segments) < segments[:, None]
+            batch["step_mask"].numpy()[slots] = np.arange(self._steps) < steps[:, None]
 
     @contextmanager
     def _bytes(self, rows: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
