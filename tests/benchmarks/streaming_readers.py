@@ -343,19 +343,19 @@ def litdata_with(**options: Any) -> Callable[[Task], Iterator[Batch]]:
 
 READERS: dict[str, Reader] = {
     "soundshard": Reader("tar", soundshard(prefetch=2), about="the default: one thread prepares batches"),
-    "soundshard, no thread": Reader("tar", soundshard(prefetch=0)),
+    "soundshard (no thread)": Reader("tar", soundshard(prefetch=0)),
     "flat memory map": Reader("flat", flat_map, about="floor: equal samples in two mapped files"),
-    "flat memory map, gathered": Reader("flat", flat_gather, about="floor: the same, a whole batch by one call"),
+    "flat memory map (gathered)": Reader("flat", flat_gather, about="floor: the same, a whole batch by one call"),
     "bare read": Reader("tar", bare_read, about="floor: every byte of every sample read, none used"),
     "bare ranges": Reader("tar", bare_ranges, about="floor, from storage: every byte once, in 8 MB ranges, 16 at a time"),
     "Arrow file": Reader("arrow", arrow_file, about="mapped"),
     "npz files": Reader("npz", npz_files, about="one a sample"),
     "webdataset": Reader("tar", webdataset_stock, ("webdataset",), "stock: .shuffle(1000).decode().map(crop).batched(64)"),
-    "webdataset, best": Reader("tar", webdataset_best, ("webdataset",), "no json, arrays viewed in the bytes"),
+    "webdataset (best)": Reader("tar", webdataset_best, ("webdataset",), "no json, arrays viewed in the bytes"),
     "MosaicML streaming": Reader("mds", mosaic_default, ("streaming",), "StreamingDataset, StreamingDataLoader"),
-    "MosaicML streaming, best": Reader("mds", mosaic_best, ("streaming",), "no loader, collated once"),
+    "MosaicML streaming (best)": Reader("mds", mosaic_best, ("streaming",), "no loader, collated once"),
     "litdata": Reader("litdata", litdata_with(), ("litdata",), "StreamingDataset(shuffle=True), StreamingDataLoader"),
-    "litdata, best": Reader(
+    "litdata (best)": Reader(
         "litdata", litdata_with(batch_decode=16, item_shuffle_window=16), ("litdata",), "batch_decode=16, item_shuffle_window=16"
     ),
 }

@@ -29,11 +29,11 @@ REMOTE = (
     "soundshard",
     "bare ranges",
     "webdataset",
-    "webdataset, best",
+    "webdataset (best)",
     "MosaicML streaming",
-    "MosaicML streaming, best",
+    "MosaicML streaming (best)",
     "litdata",
-    "litdata, best",
+    "litdata (best)",
 )
 """Readers that can; the others are for local files."""
 
