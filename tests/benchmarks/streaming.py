@@ -1,6 +1,6 @@
 """Reading for training: this project's reader beside others, on the same samples and the same machine at the same time.
 
-    python -m tests.benchmarks.streaming [samples=4000] [rounds=2] [seconds=1.0] [hop_frames=8] [batch_size=64] [readers=all] [resume=200000]
+    python -m tests.benchmarks.streaming [samples=4000] [rounds=2] [seconds=0.5] [hop_frames=8] [batch_size=64] [readers=all] [resume=200000]
                                          [storage=0] [folder=]
 
 Every sample is a float16 array of 184 KB, 12 KB of codes and a json; every reader cuts a random window of 2.56 s from each and collates 64. Each
@@ -28,7 +28,7 @@ from tests.benchmarks.streaming_storage import BYTES_PER_SECOND, LATENCY_SECONDS
 DEFAULTS = {
     "samples": "4000",
     "rounds": "2",
-    "seconds": "1.0",
+    "seconds": "0.5",
     "hop_frames": "8",
     "batch_size": "64",
     "readers": "all",
