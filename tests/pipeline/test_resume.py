@@ -69,7 +69,8 @@ def test_retrying_runs_failed_clips_only(inputs: Path, tmp_path: Path, capsys: p
     out = tmp_path / "out"
     with pytest.raises(JobError, match=r"8 of 8 clips failed.*retry_failed=true"):
         reencode.run(replace(options(inputs, out), clip_seconds=0.01))
-    assert {row["reason"] for row in rows(str(out))} == {"timeout"}
+    # A fast machine finds out what is wrong with the two bad files in less than the limit.
+    assert {row["key"] for row in rows(str(out)) if row["reason"] == "timeout"} >= {f"clip{n}" for n in (0, 1, 3, 4, 5, 7)}
     with pytest.raises(ValueError, match="retry_failed"):
         reencode.run(replace(options(inputs, out), reasons="timeout"))
     capsys.readouterr()
