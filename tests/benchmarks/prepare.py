@@ -164,7 +164,9 @@ def main(argv: list[str]) -> None:
         tower, codec = TowerOptions(weights=networks["tower"], device="cpu"), CodecOptions(weights=networks["codec"])
         featuring = FeatureOptions(tower=tower, codec=codec)
         clips = make_source(folder / "in", options.get("source", ""), count)
-        shares = [clips[core::cores] for core in range(cores)]
+        shares = [
+            clips[core * count // cores : (core + 1) * count // cores] for core in range(cores)
+        ]  # of a few sources in turn: every share has each
         (folder / "in-half").mkdir()
         for path in clips[: count // 2]:
             (folder / "in-half" / Path(path).name).hardlink_to(path)
