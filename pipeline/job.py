@@ -176,8 +176,11 @@ def stage_report(stage: Stage, summary: Summary, ran: Ran, plan: Plan, config: J
     )
 
 
-def finish(summary: Summary, reports: Sequence[StageReport], *, stage: str, out: str, max_failed_fraction: float) -> None:
-    """Write the report page and print the last line of a job. Raises JobError if too many clips failed, or all of them."""
+def finish(summary: Summary, reports: Sequence[StageReport], *, stage: str, out: str, max_failed_fraction: float, dataset: str = "") -> None:
+    """Write the report page and print the last line of a job. Raises JobError if too many clips failed, or all of them.
+
+    `dataset` is the one that shows the failures, where that is not `out` itself.
+    """
     print(f"{stage}: {summary.text()} -> {out}", flush=True)
     if reports:
         page = storage.join(out, "report.html")
@@ -187,6 +190,6 @@ def finish(summary: Summary, reports: Sequence[StageReport], *, stage: str, out:
     if total and (summary.ok == 0 or summary.failed > max_failed_fraction * total):
         raise JobError(
             f"{stage}: {summary.failed} of {total} clips failed, more than max_failed_fraction={max_failed_fraction:g} allows"
-            f"{' (none is good)' if summary.ok == 0 else ''}. What is done is kept; `soundshard inspect {out}` shows the failures by reason, "
+            f"{' (none is good)' if summary.ok == 0 else ''}. What is done is kept; `soundshard inspect {dataset or out}` shows the failures by reason, "
             "and retry_failed=true tries them again."
         )

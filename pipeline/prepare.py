@@ -50,7 +50,8 @@ def run(config: PrepareConfig) -> Summary:
             print(f"reencode: {first.text()} -> {media}", flush=True)
             summary, two = featurise.run_stage(_options(featurise.FeaturiseConfig, config, data=media, out=features), ray_cluster)
             reports = [one, two]
-    finish(summary, [report for report in reports if report], stage="prepare", out=out, max_failed_fraction=config.max_failed_fraction)
+    written = [report for report in reports if report]
+    finish(summary, written, stage="prepare", out=out, max_failed_fraction=config.max_failed_fraction, dataset=features)
     return summary
 
 
