@@ -190,6 +190,6 @@ def finish(summary: Summary, reports: Sequence[StageReport], *, stage: str, out:
     if total and (summary.ok == 0 or summary.failed > max_failed_fraction * total):
         raise JobError(
             f"{stage}: {summary.failed} of {total} clips failed, more than max_failed_fraction={max_failed_fraction:g} allows"
-            f"{' (none is good)' if summary.ok == 0 else ''}. What is done is kept; `soundshard inspect {dataset or out}` shows the failures by reason, "
-            "and retry_failed=true tries them again."
+            f"{' (none is good)' if summary.ok == 0 else ''}. What is done is kept; "
+            f"`soundshard inspect {dataset or out}` shows the failures by reason, and retry_failed=true tries them again."
         )
