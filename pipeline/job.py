@@ -87,7 +87,8 @@ def settle_plan(root: str, source: Source, *arguments: object, config: JobOption
         on_change="redo" if derived else "refuse",
         retry_missing=config.retry_failed,
     )
-    for line in _changes_text(changes, derived, config.retry_failed):
+    examples = [f"  {example}" for example in changes.examples]
+    for line in [*_changes_text(changes, derived, config.retry_failed), *examples]:
         print(line, flush=True)
     return plan
 

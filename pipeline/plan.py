@@ -567,7 +567,7 @@ def _portable(error: Exception) -> Exception:
     """The error, or one that says the same if it does not survive pickling."""
     try:
         return cast(Exception, pickle.loads(pickle.dumps(error)))
-    except Exception:
+    except Exception:  # whatever an error's own pickling raises: the error itself must get through, if only as text
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
