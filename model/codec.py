@@ -1,0 +1,73 @@
+"""What every codec has: a waveform becomes integer codes [codebooks, steps] and back, with step i covering samples [i, i + 1) * hop_samples.
+
+This module knows waveforms and codes; not how audio is read from files, not what predicts the codes, and none of the networks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from configs.clock import CodecClock
+
+
+class Codec(nn.Module, ABC):
+    """What every codec has. Clips are coded one at a time, so that their codes do not depend on their neighbours in a batch."""
+
+    def __init__(self, *, name: str, sample_rate_hz: int, hop_samples: int, channels: int, codebooks: int, card: int) -> None:
+        super().__init__()
+        self.name, self.sample_rate_hz, self.hop_samples = name, sample_rate_hz, hop_samples
+        self.channels, self.codebooks, self.card = channels, codebooks, card
+        self.weights_sha256 = ""
+
+    @property
+    def clock(self) -> CodecClock:
+        """Where the steps lie in time."""
+        return CodecClock(self.sample_rate_hz, self.hop_samples)
+
+    def spec(self) -> dict[str, Any]:
+        """What decides a dataset's codes, as plain values."""
+        return {
+            "name": self.name,
+            "sample_rate_hz": self.sample_rate_hz,
+            "hop_samples": self.hop_samples,
+            "channels": self.channels,
+            "codebooks": self.codebooks,
+            "card": self.card,
+            "weights_sha256": self.weights_sha256,
+        }
+
+    @torch.no_grad()
+    def encode(self, wave: Float[Tensor, "b channels samples"]) -> Int[Tensor, "b codebooks steps"]:
+        """Codes of waveforms in [-1, 1]: ceil(samples / hop_samples) steps."""
+        if wave.shape[1] != self.channels or wave.shape[2] == 0:
+            raise ValueError(f"a wave of the shape {tuple(wave.shape)}; {self.name} expects [clips, {self.channels}, samples > 0]")
+        with _exact_convolutions():
+            return torch.stack([self.encode_clip(clip) for clip in wave])
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "b codebooks steps"], *, samples: int | None = None) -> Float[Tensor, "b channels samples"]:
+        """Waveforms of steps * hop_samples samples, or the first `samples` of them."""
+        if codes.shape[1] != self.codebooks or codes.shape[2] == 0 or codes.min() < 0 or codes.max() >= self.card:
+            raise ValueError(f"codes of the shape {tuple(codes.shape)}; {self.name} expects [clips, {self.codebooks}, steps > 0] in [0, {self.card})")
+        with _exact_convolutions():
+            return torch.stack([self.decode_clip(clip.long()) for clip in codes])[..., :samples]
+
+    @abstractmethod
+    def encode_clip(self, wave: Float[Tensor, "channels samples"]) -> Int[Tensor, "codebooks steps"]:
+        """`encode` of one clip."""
+
+    @abstractmethod
+    def decode_clip(self, codes: Int[Tensor, "codebooks steps"]) -> Float[Tensor, "channels samples"]:
+        """`decode` of one clip."""
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """On a GPU, convolutions round to TF32 and pick algorithms by trial unless told not to; codes would then change between runs."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
