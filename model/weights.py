@@ -1,31 +1,33 @@
 """Weights as files: reading them without trusting them, writing them reproducibly, and fetching the published ones.
 
 A published checkpoint is a pickle, and unpickling runs what the file says. Here a file's tensors and plain containers are taken, every
-other object becomes an inert placeholder, and nothing from the file is ever imported or called. Our own files are safetensors with the
-network's configuration in the metadata. This module knows names, bytes and addresses; which network a file belongs to is its loader's matter.
+other object becomes an inert placeholder, and nothing from the file is ever imported or called; a file that names what could load or run code
+is refused. Our own files are safetensors with the network's configuration in the metadata. This module knows names, bytes and addresses; which
+network a file belongs to is its loader's matter.
 """
 
+import _compat_pickle
 import fcntl
 import hashlib
 import http.client
 import json
 import mmap
-import os
 import pickle
+import re
 import struct
+import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,11 +65,62 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
         raise FileNotFoundError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
+    return _tensors_of(read_checkpoint(path).root, path), None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is in a file that torch.save wrote."""
+
+    root: Any
+    """The file's object: tensors, plain containers and values, and a `Placeholder` for every object of another class."""
+    skipped: Counter[str]
+    """Classes and functions that the file names and that were not used, with the number of objects that placeholders stand for."""
+    release: Callable[[], None]
+    """Lets go of the memory that the file's tensors were read into; what is used again is read again. The tensors must not have been changed."""
+
+    @property
+    def skipped_text(self) -> str:
+        """`skipped` in words, the most frequent first; empty if everything was used."""
+        return ", ".join(f"{name} ({count})" if count else name for name, count in self.skipped.most_common())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The object in a file of torch.save, of which nothing is run. The tensors are mapped from the file: leave it in place while they live.
+
+    Raises ValueError if it is no such file, is damaged, or names what could load or run code.
+    """
     try:
-        root = _unpickle(path)
+        return _unpickle(path)
+    except RefusedError as error:
+        raise ValueError(
+            f"{path}: refused. Its pickle names {error}, which loads or runs code and which no weights need. Nothing of the file was run or kept; "
+            "get the file from its publisher"
+        ) from error
     except DAMAGED as error:
-        raise ValueError(f"{path}: not a weights file of torch 1.6 or later, or damaged ({type(error).__name__}: {error})") from error
-    return _tensors_of(root, path), None
+        raise ValueError(
+            f"{path}: not a weights file of torch 1.6 or later, or damaged ({told(path)}; {type(error).__name__}: {error}); get the file again"
+        ) from error
+
+
+def told(path: Path) -> str:
+    """What a file is, as far as its size and first bytes tell, for a message."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty"
+    text = start.lstrip().lower()
+    kinds = {
+        "a zip file, as torch.save writes": start[:4] == b"PK\x03\x04",
+        "gzip-compressed": start[:2] == b"\x1f\x8b",
+        "a tar archive": start[257:262] == b"ustar",
+        "a web page": text.startswith((b"<!doctype", b"<html", b"<?xml")),
+        "safetensors": start[8:9] == b"{",
+        "a bare pickle, as torch.save wrote before 1.6": start[:1] == b"\x80",
+        "text": all(byte >= 32 or byte in b"\t\r\n" for byte in start),
+    }
+    return f"it has {size:,} bytes and is {next((kind for kind, is_it in kinds.items() if is_it), 'of no known kind')}"
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -91,25 +144,46 @@ def _tensors_of(root: Any, path: Path) -> dict[str, Tensor]:
 
 
 class Placeholder:
-    """Stands for an object of a class that is not ours to run. Takes whatever the file puts into it and does nothing with it."""
+    """Stands for an object of a class that is not ours to run. Keeps what the file puts into it as data, and does nothing with it."""
 
-    def __new__(cls, *_args: object, **_kwargs: object) -> "Placeholder":
-        return super().__new__(cls)
+    named: ClassVar[str] = ""
+    skipped: ClassVar[Counter[str]] = Counter()
+    arguments: tuple[Any, ...]
+    state: Any
+    items: list[Any]
 
-    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
-
-    def __setstate__(self, _state: object) -> None: ...
-
-    def __setitem__(self, _key: object, _value: object) -> None: ...
-
-    def __call__(self, *_args: object, **_kwargs: object) -> "Placeholder":
+    def __new__(cls, *arguments: object, **_named: object) -> "Placeholder":
+        if cls.is_function() and not REBUILDS.fullmatch(cls.named.rpartition(".")[2]):
+            raise RefusedError(f"(and calls) {cls.named}")
+        self = super().__new__(cls)
+        self.arguments, self.state, self.items = arguments, None, []
+        cls.skipped[cls.named] += 1
         return self
 
-    def append(self, _item: object) -> None: ...
+    def __init__(self, *_arguments: object, **_named: object) -> None: ...
 
-    def extend(self, _items: object) -> None: ...
+    @classmethod
+    def is_function(cls) -> bool:
+        """Whether this stands for a function, by its name: classes begin with a capital."""
+        return not cls.named.rpartition(".")[2].lstrip("_")[:1].isupper()
 
-    def add(self, _item: object) -> None: ...
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.items.append((key, value))
+
+    def __call__(self, *_arguments: object, **_named: object) -> "Placeholder":
+        return self
+
+    def append(self, item: object) -> None:
+        self.items.append(item)
+
+    def extend(self, items: Sequence[object]) -> None:
+        self.items.extend(items)
+
+    def add(self, item: object) -> None:
+        self.items.append(item)
 
     def __hash__(self) -> int:
         return id(self)
@@ -129,29 +203,67 @@ STORAGES = {
 }
 
 
+class RefusedError(ValueError):
+    """What a pickle names that could load or run code."""
+
+
+HARMLESS = {
+    "_codecs.encode",
+    "_operator.getitem",
+    "argparse.Namespace",
+    *(f"builtins.{name}" for name in "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple type".split()),
+    *(f"collections.{name}" for name in "ChainMap Counter OrderedDict UserDict defaultdict deque".split()),
+    *(f"copyreg.{name}" for name in "__newobj__ __newobj_ex__ _reconstructor".split()),
+    *(f"datetime.{name}" for name in "date datetime time timedelta timezone".split()),
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "operator.getitem",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in "Path PosixPath PurePath PurePosixPath WindowsPath".split()),
+    "types.GenericAlias",
+    "types.NoneType",
+    "types.SimpleNamespace",
+    *(f"typing.{name}" for name in "Any Callable Dict Iterable List Literal Mapping Optional Sequence Set Tuple Union".split()),
+    "uuid.UUID",
+}
+"""All that a file may name of Python's own library: data types and what puts them together. Most of them become placeholders all the same."""
+REBUILDS = re.compile(r"_rebuild_\w+|_reconstruct|scalar|_frombuffer|dtype|device|__\w+_ctor|__pyx_unpickle_\w+|_unpickle_\w+|" + "|".join(
+    sorted({name.rpartition(".")[2] for name in HARMLESS})
+))
+"""The functions whose call is how torch, numpy and Python write data. Of other packages' functions a call is refused: a name may stand there as data."""
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     """Resolves a name in the file to one of our own few functions or types, or to a placeholder made for it; imports nothing."""
 
     def __init__(self, file: Any, storage: Callable[[torch.dtype, str, int], Tensor]) -> None:
         super().__init__(file)
         self._storage = storage
+        self.skipped: Counter[str] = Counter()
         # Functions made for this file alone: a pickle can set attributes of the objects it is handed.
-        self._allowed: dict[tuple[str, str], Any] = {
-            ("torch._utils", "_rebuild_tensor_v2"): lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-            ("torch", "Size"): lambda sizes=(): tuple(sizes),
-            ("collections", "OrderedDict"): OrderedDict,
-            ("collections", "defaultdict"): lambda *_: {},
-            ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
-            ("builtins", "set"): lambda items=(): set(items),
-            ("__builtin__", "set"): lambda items=(): set(items),
+        self._allowed: dict[str, Any] = {
+            "torch._utils._rebuild_tensor_v2": lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
+            "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+            "torch.Size": lambda sizes=(): tuple(sizes),
+            "collections.OrderedDict": OrderedDict,
+            "collections.defaultdict": lambda *_: {},
+            "_codecs.encode": lambda text, *_: text.encode("latin1"),
+            "builtins.set": lambda items=(): set(items),
         }
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        return self._allowed.get((module, name)) or type("Placeholder", (Placeholder,), {"__doc__": f"{module}.{name}"})
+        # Names as Python 2 and the oldest protocols have them are those of Python 3 by other names.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
+        named = f"{module}.{name}"
+        if named in self._allowed:
+            return self._allowed[named]
+        # `a.b` in a name would look up an attribute of what was imported: of a harmless module, that may be another one.
+        if module.partition(".")[0] in sys.stdlib_module_names | {"__main__"} and named not in HARMLESS:
+            raise RefusedError(named)
+        self.skipped[named] += 0
+        return type("Placeholder", (Placeholder,), {"named": named, "skipped": self.skipped})
 
     def persistent_load(self, pid: Any) -> Any:
         """A storage, as a flat tensor. `pid` is ("storage", dtype, record's name, device, count)."""
@@ -161,7 +273,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return self._storage(dtype, key, count)
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(path: Path) -> Checkpoint:
     """The object that torch.save wrote: a zip of `data.pkl` and one uncompressed record per storage."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         names = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
@@ -183,7 +295,14 @@ def _unpickle(path: Path) -> Any:
             return torch.frombuffer(pages, dtype=dtype, count=count, offset=start)
 
         with archive.open(names["data.pkl"]) as data:
-            return _RestrictedUnpickler(data, storage).load()
+            unpickler = _RestrictedUnpickler(data, storage)
+            root = unpickler.load()
+
+        def release() -> None:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
+
+        return Checkpoint(root, unpickler.skipped, release)
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
@@ -207,20 +326,47 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
 # --- writing --------------------------------------------------------------------------------------------------------------------------
 
 
-def save_state(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Writes tensors and a configuration (plain values) to a .safetensors file: all of it or nothing, the same bytes for the same input."""
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Safetensors' names of types, in the order in which a file has them."""
+
+
+def save_state(
+    path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, written: Callable[[int], None] = lambda _bytes: None
+) -> None:
+    """Writes tensors and a configuration (plain values) to a .safetensors file: all of it or nothing, the same bytes for the same input.
+
+    One tensor at a time, so that tensors mapped from a file need not fit into memory together; `written` hears how many bytes each of them had.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors")
-    plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    payload = safetensors.torch.save(plain, metadata={"config": json.dumps(config, sort_keys=True)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # The bytes are those of the safetensors library, which wants all of them in memory twice.
+    order = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name.encode()))
+    header: dict[str, Any] = {"__metadata__": {"config": json.dumps(config, sort_keys=True)}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with storage.writing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().flatten()
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            written(flat.nbytes)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -261,6 +407,21 @@ KNOWN: dict[str, Artifact] = {
     ),
     "avclip-lrs3": Artifact(
         f"{SYNC_MODELS}/23-12-22T16-04-18/checkpoints/epoch_best.pt", "avclip-lrs3.pt", "Segment AVCLIP, LRS3 (speech)", md5="20b6e55"
+    ),
+    "sync": Artifact(
+        f"{SYNC_MODELS}/24-01-04T16-39-21/24-01-04T16-39-21.pt",
+        "sync-audioset.pt",
+        "Synchformer with the offset head, AudioSet (the synchrony metric)",
+        md5="54037d2",
+    ),
+    "sync-vggsound": Artifact(
+        f"{SYNC_MODELS}/24-01-02T10-00-53/24-01-02T10-00-53.pt", "sync-vggsound.pt", "Synchformer with the offset head, VGGSound", md5="19592ed"
+    ),
+    "sync-lrs3": Artifact(
+        f"{SYNC_MODELS}/23-12-23T18-33-57/23-12-23T18-33-57.pt", "sync-lrs3.pt", "Synchformer with the offset head, LRS3 (speech)", md5="4415276"
+    ),
+    "synchability": Artifact(
+        f"{SYNC_MODELS}/24-01-22T20-34-52/24-01-22T20-34-52.pt", "synchability.pt", "Synchformer with the synchronisability head", md5="b1cb346"
     ),
     "synchformer-mmaudio": Artifact(
         "https://github.com/hkchengrex/MMAudio/releases/download/v0.1/synchformer_state_dict.pth",
