@@ -6,9 +6,10 @@ these load strictly; smaller sizes of the same network serve as stand-ins. This 
 frames as tensors, one segment at a time.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ EPS = 1e-6
 """Of every layer norm of the tower."""
 PREFIXES = ("v_encoder.", "vfeat_extractor.", "visual_feature_extractor.")
 """The tower's place in Segment AVCLIP's, Synchformer's and V-AURA's checkpoints."""
+KIND = "visual_tower"
 
 
 @dataclass(frozen=True)
@@ -158,14 +160,13 @@ class PatchEmbed3d(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class SpatialAggregation(nn.Module):
-    """One pre-norm transformer layer over a frame pair's patches and a [CLS] of its own, of which only [CLS] is wanted and computed."""
+class TokenSummary(nn.Module):
+    """One pre-norm transformer layer over the tokens of an instant and a [CLS] of its own, of which only [CLS] is wanted and computed."""
 
-    def __init__(self, config: VisualTowerConfig) -> None:
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.self_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
         self.norm1 = nn.LayerNorm(width, eps=EPS)
@@ -206,7 +207,7 @@ class VisualTower(nn.Module):
         self.patch_embed_3d = PatchEmbed3d(config)
         self.blocks = nn.ModuleList(Block(config, float(rate)) for rate in torch.linspace(0, config.drop_path, config.depth))
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.spatial_attn_agg = SpatialAggregation(config)
+        self.spatial_attn_agg = TokenSummary(width, config.heads, config.mlp_ratio * width)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -238,9 +239,23 @@ class VisualTower(nn.Module):
         return rearrange(features, "(b segments t) d -> b segments t d", b=b, t=config.tokens)
 
 
+def tower_config(tower: VisualTower | MotionTower) -> dict[str, Any]:
+    """What a file says about its tower."""
+    return {"kind": motion_tower.KIND if isinstance(tower, MotionTower) else KIND, **asdict(tower.config)}
+
+
+def new_tower(config: Mapping[str, Any] | None, *, source: str | Path) -> VisualTower | MotionTower:
+    """A tower of the shape that a file's configuration gives (without one the published shape), with random weights."""
+    settings = dict(config or {"kind": KIND})
+    kind = settings.pop("kind", None)
+    if kind not in (KIND, motion_tower.KIND):
+        raise ValueError(f"{source}: holds another kind of network; expected a visual tower")
+    return MotionTower(MotionTowerConfig(**settings)) if kind == motion_tower.KIND else VisualTower(VisualTowerConfig(**settings))
+
+
 def save_tower(path: str | Path, tower: VisualTower) -> None:
     """Writes a tower with its configuration to a .safetensors file."""
-    save_state(path, tower.state_dict(), {"kind": "visual_tower", **asdict(tower.config)})
+    save_state(path, tower.state_dict(), tower_config(tower))
 
 
 def load_tower(name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VisualTower | MotionTower:
@@ -252,13 +267,9 @@ def load_tower(name_or_path: str | Path, *, device: str | torch.device = "cpu", 
     """
     path = resolve(name_or_path)
     tensors, config = load_state(path)
-    kind = "visual_tower" if config is None else config.pop("kind", None)
-    if kind not in ("visual_tower", motion_tower.KIND):
-        raise ValueError(f"{path}: holds another kind of network; expected a visual tower")
     for prefix in PREFIXES:
         if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
             tensors = inside
-    settings = config or {}
-    tower = MotionTower(MotionTowerConfig(**settings)) if kind == motion_tower.KIND else VisualTower(VisualTowerConfig(**settings))
+    tower = new_tower(config.get("visual", config) if config else None, source=path)
     load_strictly(tower, tensors, source=path)
     return tower.to(device, dtype).requires_grad_(False).eval()
