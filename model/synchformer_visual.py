@@ -205,7 +205,7 @@ class VisualTower(nn.Module):
         self.temp_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
         self.patch_embed = UnusedPatchEmbed(config)
         self.patch_embed_3d = PatchEmbed3d(config)
-        self.blocks = nn.ModuleList(Block(config, float(rate)) for rate in torch.linspace(0, config.drop_path, config.depth))
+        self.blocks = nn.ModuleList(Block(config, float(rate)) for rate in torch.linspace(0, config.drop_path, config.depth, device="cpu"))
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.spatial_attn_agg = TokenSummary(width, config.heads, config.mlp_ratio * width)
         self._initialise()
