@@ -6,14 +6,16 @@ Knows tensors only: no files, no codec, no trainer; sampling and its cache live 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.delay import delay
 
@@ -55,6 +57,8 @@ class VauraConfig:
     """Probability of dropout on the input and on what each attention and feed-forward adds."""
     guidance_dropout: float = 0.1
     """Probability that a training sample's video is replaced by the unconditional embedding (classifier-free guidance)."""
+    train_unconditional: bool = False
+    """Learn the unconditional embedding with the rest; false leaves it as random as it began (as published). Files are the same either way."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width // self.heads % 2:
@@ -63,6 +67,11 @@ class VauraConfig:
             raise ValueError(f"visual_width={self.visual_width}: expected between 1 and width-1 ({self.width - 1}), the codes take the rest")
         if self.steps_per_token < 1 or self.steps_per_token_divisor < 1:
             raise ValueError(f"steps_per_token={self.steps_per_token}/{self.steps_per_token_divisor}: expected a positive ratio")
+        if self.train_unconditional and self.guidance_dropout <= 0:
+            raise ValueError(
+                f"train_unconditional=true with guidance_dropout={self.guidance_dropout}: nothing would be learned, for no video is ever dropped; "
+                "give a guidance_dropout above 0, or train_unconditional=false"
+            )
 
     @property
     def feed_forward_width(self) -> int:
@@ -84,8 +93,20 @@ class VauraConfig:
         return math.floor(tokens * self.token_clock)
 
 
-@dataclass(frozen=True)
-class VauraLoss:
+def forward_flops(config: VauraConfig, positions: int, tokens: int) -> int:
+    """Floating-point operations of one sample's forward pass: two for each multiplication and addition of its matrix products, the rest left out.
+
+    A training step is three times as many (the backward pass has two products for each), whatever activations are computed again for want of
+    memory: that is work, but none of the model's. Attention counts in full although the causal mask spares half of it, as is usual (Chowdhery et
+    al. 2022, appendix B); here it is 2 % of the whole.
+    """
+    width, visual = config.width, config.visual_width
+    block = 2 * width * (4 * width + 3 * config.feed_forward_width) + 4 * positions * width
+    codes = 2 * config.codebooks * (config.codebook_dim * (width - visual) + width * config.card)
+    return positions * (config.layers * block + codes) + tokens * 2 * visual * (config.feature_width + visual)
+
+
+class VauraLoss(NamedTuple):
     """The training loss: the mean of the codebooks' cross-entropies, and each of them, in nats."""
 
     total: Float[Tensor, ""]
@@ -205,7 +226,8 @@ class VisualMLP(nn.Module):
 class VisualEmbedding(nn.Module):
     """The visual MLP, and what it is given where there is no video.
 
-    The unconditional embedding is a buffer: random at the start and never trained (as published), so it belongs to the checkpoint.
+    The unconditional embedding is a buffer: random at the start and never trained (as published), so it belongs to the checkpoint. With
+    `train_unconditional` it is a parameter of the same name and begins with the same numbers.
     """
 
     uncond_embedding: Tensor
@@ -213,7 +235,11 @@ class VisualEmbedding(nn.Module):
     def __init__(self, config: VauraConfig) -> None:
         super().__init__()
         self.projection = VisualMLP(config)
-        self.register_buffer("uncond_embedding", torch.randn(config.window_tokens, config.feature_width) / config.feature_width**0.5)
+        start = torch.randn(config.window_tokens, config.feature_width) / config.feature_width**0.5
+        if config.train_unconditional:
+            self.uncond_embedding = nn.Parameter(start)
+        else:
+            self.register_buffer("uncond_embedding", start)
 
     def unconditional(self, tokens: int) -> Float[Tensor, "{tokens} c"]:
         """The embedding for any number of tokens: its first rows for a shorter video, itself again and again for a longer one."""
@@ -275,12 +301,30 @@ class StackedCodes:
         return F.linear(x, self.heads).unflatten(-1, (len(self.offsets), -1))
 
 
+def principal_components(table: Float[Tensor, "card c"], width: int) -> Float[Tensor, "card {width}"]:
+    """A codebook's entries in `width` dimensions, at the size of a fresh embedding: what tells most of the entries apart, and nothing else.
+
+    The entries' common mean says nothing about a code and is left out. Where the table has fewer dimensions, the rest is zeros, which learn like
+    any others. One factor brings all entries to a root mean square of 1, that of a fresh table: distances between codes keep their ratios, while
+    late codebooks of a residual codec, whose entries are small in its latent space, are not drowned by the first ones. The same numbers on every
+    machine, up to rounding: float64, and each component's largest entry is positive.
+    """
+    centred = table.double() - table.double().mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    scores = centred @ directions[:width].T
+    scores = scores * scores.gather(0, scores.abs().argmax(0, keepdim=True)).sign()
+    scores = scores / scores.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return F.pad(scores, (0, width - scores.shape[1])).to(table.dtype)
+
+
 class Vaura(nn.Module):
     """The decoder. In training, `training_loss`; `forward` gives the logits of a whole sequence."""
 
     def __init__(self, config: VauraConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
+        """Keep each block's input alone for the backward pass and compute the rest of it again then: a third more work, a fraction of the memory."""
         self.empty_video_emb = nn.Parameter(torch.empty(1, 1, config.visual_width))
         self.cls_embeddings = VisualEmbedding(config)
         self.tok_embeddings = nn.ModuleList(CodeEmbedding(config) for _ in range(config.codebooks))
@@ -300,11 +344,22 @@ class Vaura(nn.Module):
         nn.init.normal_(self.empty_video_emb, std=INIT_STD)
 
     @torch.no_grad()
-    def start_from_codec(self, tables: Float[Tensor, "q card c"], biases: Float[Tensor, "q audio"] | None = None) -> None:
-        """Begin from a codec's own codebooks (and, where widths agree, its projections' biases), as the published training did with DAC's."""
-        for k, embedding in enumerate(cast(list[CodeEmbedding], list(self.tok_embeddings))):
-            embedding.emb.weight[: self.config.card] = tables[k]
-            if biases is not None:
+    def start_from_codec(self, tables: Sequence[Float[Tensor, "card _"]], biases: Sequence[Float[Tensor, "_"]] | None = None) -> None:
+        """Begin from a codec's own codebooks instead of at random: a table of entries per codebook, and the biases of its projections.
+
+        Tables as wide as `codebook_dim` (DAC's) are copied as they are, and biases as long as the audio channels too, as the published training
+        did; the projections' weights stay random, as they did there. Of tables of another width (EnCodec's 128 channels, the stand-in's bands)
+        the principal components are taken: 8 numbers a code are what the decoder has, and these keep codes that sound alike close together,
+        which is all that there is to gain from the codec.
+        """
+        config, embeddings = self.config, cast(list[CodeEmbedding], list(self.tok_embeddings))
+        shapes = [tuple(table.shape) for table in tables]
+        if len(shapes) != config.codebooks or any(shape[0] != config.card for shape in shapes):
+            raise ValueError(f"codebooks of the shapes {shapes}; expected {config.codebooks} of them with {config.card} entries each")
+        for k, (embedding, table) in enumerate(zip(embeddings, tables, strict=True)):
+            fitting = table if table.shape[1] == config.codebook_dim else principal_components(table, config.codebook_dim)
+            embedding.emb.weight[: config.card] = fitting.to(embedding.emb.weight)
+            if biases is not None and biases[k].shape == embedding.out_proj.bias.shape:
                 embedding.out_proj.bias.copy_(biases[k])
 
     def stacked_codes(self) -> StackedCodes:
@@ -349,8 +404,9 @@ class Vaura(nn.Module):
         codes = self.stacked_codes()
         x = self.combine(self.align(features, length, there), codes.embed(sequence))
         rope = rotary(length, self.config.width // self.config.heads, x.device)
+        again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, rope)
+            x = cast(Tensor, checkpoint(layer, x, rope, use_reentrant=False)) if again else layer(x, rope)
         return codes.logits(self.norm(x))
 
     def training_loss(
@@ -375,7 +431,8 @@ class Vaura(nn.Module):
         if steps_there is not None:
             codes = codes.masked_fill(~steps_there[:, None], IGNORED)
             fed = fed.masked_fill(~F.pad(steps_there[:, 1:], (0, 1))[:, None], config.special)
-        logits = self(delay(fed, config.special)[..., :-1], features, tokens_there)
+        # Not as a call of the module: hooks on it, as sharding puts there, belong around the whole of this.
+        logits = self.forward(delay(fed, config.special)[..., :-1], features, tokens_there)
         # The targets go to the sequence's grid rather than the logits back to the codec's: nothing large is copied.
         targets = delay(codes, IGNORED)[..., 1:].transpose(1, 2)
         each = F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from configs.load import JobError
 from model.run_folder import BEST, LAST, RunConfig, copy_weights, write_config, write_model
 from model.vaura import Vaura
+from train.averages import EMA, Averages, assembled
 from train.data import TrainLoader
 
 METRICS = "metrics.jsonl"
@@ -102,11 +103,12 @@ class Losses:
 class Metrics(Callback):
     """Losses, learning rate and speeds: to TensorBoard, to `metrics.jsonl` and to a progress bar, at the cadence; nothing on other steps."""
 
-    def __init__(self, folder: Path, cadence: Cadence, *, batch_size: int, codebooks: int, start_step: int, bar: bool) -> None:
+    def __init__(self, folder: Path, cadence: Cadence, *, batch_size: int, sample_flops: int, codebooks: int, start_step: int, bar: bool) -> None:
         self.stopwatch = Stopwatch()
         self._folder, self._cadence, self._batch_size, self._codebooks, self._start_step, self._show = (
             folder, cadence, batch_size, codebooks, start_step, bar,
         )  # fmt: skip
+        self._sample_flops = sample_flops
         self._train, self._validation = Losses(), Losses()
         self._steps = 0
         self._validation_began = 0.0
@@ -158,6 +160,7 @@ class Metrics(Callback):
         row = {
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "samples_per_second": steps * self._batch_size / seconds,
+            "model_teraflops_per_second": steps * self._batch_size * self._sample_flops / seconds / 1e12,
             "data_wait_fraction": waited / trainer.world_size / seconds,
         }
         self._write(trainer, "train", loss, per_codebook, row)
@@ -172,7 +175,7 @@ class Metrics(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._validation.add(outputs["per_codebook"], weight=float(len(batch.codes)))
+        self._validation.add(outputs["per_codebook"], weight=float(batch.samples))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         per_codebook, samples, _ = self._validation.take(trainer, self._codebooks)
@@ -244,11 +247,13 @@ class StopSignals:
 class Checkpoints(Callback):
     """The run folder: `config.yaml` at the start, then Lightning checkpoints in `checkpoints/` and the decoder's weights alone beside them.
 
-    `last` is the latest, `best` that of the smallest validation loss, `step-...` those to keep.
+    `last` is the latest, `best` that of the smallest validation loss, `step-...` those to keep. Averaged weights are `ema`, and those in `best`
+    if they are what was validated.
     """
 
-    def __init__(self, folder: Path, cadence: Cadence, metrics: Metrics, described: RunConfig, *, copy_weights: bool) -> None:
+    def __init__(self, folder: Path, cadence: Cadence, metrics: Metrics, averages: Averages, described: RunConfig, *, copy_weights: bool) -> None:
         self._run, self._folder, self._cadence, self._metrics = folder, folder / CHECKPOINTS, cadence, metrics
+        self._averages = averages
         self._described, self._copy_weights = described, copy_weights
         self._signals = StopSignals()
 
@@ -270,7 +275,7 @@ class Checkpoints(Callback):
         step = trainer.global_step
         stop = self._must_stop(trainer, step)
         if stop or self._cadence.checkpoint(step):
-            self._save(trainer, pl_module, "last", LAST)
+            self._save(trainer, pl_module, "last", {LAST: None, **({EMA: self._averages.of_run()} if self._averages.on else {})})
         if self._cadence.keep(step) and trainer.is_global_zero:
             _link(self._folder / "last.ckpt", self._folder / f"step-{step:09d}.ckpt")
         if stop and step < self._cadence.max_steps:
@@ -285,7 +290,7 @@ class Checkpoints(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._metrics.improved:
-            self._save(trainer, pl_module, "best", BEST)
+            self._save(trainer, pl_module, "best", {BEST: self._averages.validated()})
 
     def _must_stop(self, trainer: Trainer, step: int) -> bool:
         """Whether a signal came, to any rank. Ranks ask each other only where they wait for each other anyway: when losses are logged."""
@@ -297,7 +302,8 @@ class Checkpoints(Callback):
         torch.distributed.all_reduce(received)
         return bool(received.item())
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: str, weights: str) -> None:
+    def _save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: str, weights: Mapping[str, Mapping[str, Tensor] | None]) -> None:
+        """A checkpoint, and weights files by name, each of the model's parameters or of those given in their place. Every process must call it."""
         began = time.perf_counter()
         path = self._folder / f"{checkpoint}.ckpt"
         temporary = path.with_name(f".{path.name}.tmp")
@@ -306,7 +312,10 @@ class Checkpoints(Callback):
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            write_model(self._run, cast(Vaura, pl_module.model), name=weights)
+        for name, instead in weights.items():
+            model = assembled(cast(Vaura, pl_module.model), instead, keep=trainer.is_global_zero)
+            if model is not None:
+                write_model(self._run, model, name=name)
         self._metrics.stopwatch.forget(time.perf_counter() - began)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig
 from shards.windows import Batch
+from train.sharding import ShardedStrategy
 
 ENDLESS = 2**40
 """The stream has no end. Lightning reads a batch ahead from a loader that has no length, which would put the stream's state a batch ahead too."""
@@ -41,10 +43,13 @@ class Windows(NamedTuple):
     """What is video and not padding after a short clip's end; None: all of it."""
     step_mask: Bool[Tensor, "b steps"] | None = None
     """The same for codec steps."""
+    samples: int = 0
+    """How many of them count: all, or none where a batch only keeps a process in step with the others."""
 
     @classmethod
-    def of(cls, batch: Batch) -> "Windows":
-        return cls(batch["features"], batch["codes"], batch.get("segment_mask"), batch.get("step_mask"))
+    def of(cls, batch: Batch, *, counts: bool = True) -> "Windows":
+        samples = len(batch["codes"]) if counts else 0
+        return cls(batch["features"], batch["codes"], batch.get("segment_mask"), batch.get("step_mask"), samples)
 
 
 class TrainLoader:
@@ -93,14 +98,21 @@ class TrainLoader:
 
 
 class ValidationLoader:
-    """One complete pass over the validation split, each time."""
+    """One complete pass over the validation split, each time.
 
-    def __init__(self, stream: FeatureStream) -> None:
-        self._stream = stream
+    `first` is the first process's stream where all must take equally many batches, as sharded weights ask for: one that has fewer, for it never has
+    more, ends with batches of that one, which do not count.
+    """
+
+    def __init__(self, stream: FeatureStream, first: FeatureStream | None = None) -> None:
+        self._stream, self._first = stream, first
 
     def __iter__(self) -> Iterator[Windows]:
-        for batch in self._stream:
-            yield Windows.of(batch)
+        yield from map(Windows.of, self._stream)
+        if self._first is not None:
+            missing = self._first.steps_per_epoch - self._stream.steps_per_epoch
+            for batch in islice(self._first, missing):
+                yield Windows.of(batch, counts=False)
 
 
 class FeatureData(LightningDataModule):
@@ -127,7 +139,10 @@ class FeatureData(LightningDataModule):
         config = replace(self._stream, weights=None)
         stream = FeatureStream(self._validation, config, trainer.global_rank, trainer.world_size, shuffle=False)
         tell(trainer, stream, "validation")
-        return ValidationLoader(stream)
+        first = (
+            FeatureStream(self._validation, config, 0, trainer.world_size, shuffle=False) if isinstance(trainer.strategy, ShardedStrategy) else None
+        )
+        return ValidationLoader(stream, first)
 
     def _attached(self) -> Any:
         assert self.trainer is not None

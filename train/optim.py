@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from train.sharding import local
+
 
 @dataclass(frozen=True)
 class OptimiserConfig:
@@ -72,8 +74,10 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> None:
-    """Limit the gradients in place, as `config` says."""
+    """Limit the gradients in place, as `config` says. Of sharded ones each process limits its own part; a norm is that of the whole."""
     if config.clip > 0 and config.clip_by == "value":
-        nn.utils.clip_grad_value_(parameters, config.clip)
+        parts = [local(p.grad) for p in parameters if p.grad is not None]
+        torch._foreach_clamp_min_(parts, -config.clip)
+        torch._foreach_clamp_max_(parts, config.clip)
     elif config.clip > 0:
         nn.utils.clip_grad_norm_(parameters, config.clip)

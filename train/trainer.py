@@ -18,7 +18,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from model.run_folder import CONFIG, RunConfig, read_config
+from model.vaura import VauraConfig
 from train.callbacks import CHECKPOINTS, Cadence
+from train.sharding import ShardedStrategy
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class TrainerConfig:
     """How many devices of each node, or which: auto (all), 2, [0], [0,2]. On a CPU: processes."""
     num_nodes: int = 1
     """Machines. Under Slurm one task per device (srun), under torchrun as it says; else start the job on each with NODE_RANK and MASTER_ADDR set."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """ddp: a process per device, also for a single one; auto: where there are several."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: a process per device with the whole model each, also for a single one; auto: where there are several. fsdp: weights, gradients and the
+    optimiser's state are cut up among the devices (FSDP2), for a model that outgrows one; files are the same, and a run may go on under another."""
     precision: str = "auto"
     """auto (bf16-mixed on a GPU, 32-true on a CPU, which is 12 times faster there unless it has bf16 instructions), bf16-mixed, 16-mixed (as
     published), 32-true, bf16-true."""
@@ -52,7 +55,10 @@ class TrainerConfig:
     """Where to go on: last, or a checkpoint of this run folder, and then with options other than the run's, too. null: go on with an unfinished
     run of the same options, else start."""
     compile: bool = False
-    """Compile the network with torch.compile: faster steps after a minute or more."""
+    """Compile the transformer's block with torch.compile (one block, for all are alike): faster steps after a minute or so."""
+    checkpoint_activations: bool = False
+    """Keep each block's input alone and compute the rest again in the backward pass: the same losses with a fraction of the memory, for a third
+    more work."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -60,6 +66,9 @@ class TrainerConfig:
         for name in ("max_steps", "num_nodes", "accumulate", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: expected 1 or more")
+
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError("trainer.strategy=fsdp with trainer.precision=16-mixed: gradients are not scaled there; take bf16-mixed or 32-true")
 
     @property
     def resolved_precision(self) -> str:
@@ -95,7 +104,16 @@ FREE = {
     "trainer.keep_every",
     "trainer.ckpt_path",
     "trainer.compile",
+    "trainer.checkpoint_activations",
     "trainer.progress",
+    "preview.clips",
+    "preview.every",
+    "preview.seed",
+    "preview.sampling.temperature",
+    "preview.sampling.top_k",
+    "preview.sampling.top_p",
+    "preview.sampling.guidance",
+    "preview.sampling.greedy",
 }
 """Options that may differ when an unfinished run goes on by itself: they do not change what is learned."""
 
@@ -110,7 +128,7 @@ def build_trainer(config: TrainerConfig, folder: Path, callbacks: list[Callback]
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=ShardedStrategy() if config.strategy == "fsdp" else config.strategy,
         precision=config.resolved_precision,  # pyright: ignore[reportArgumentType] - Lightning checks the name
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.val_check_interval * config.accumulate if validates else 1.0,
@@ -125,6 +143,8 @@ def build_trainer(config: TrainerConfig, folder: Path, callbacks: list[Callback]
         enable_model_summary=False,
         enable_autolog_hparams=False,
         use_distributed_sampler=False,
+        # Shards of weights are gathered into tensors that autograd tracks, which inference mode does not allow.
+        inference_mode=config.strategy != "fsdp",
         default_root_dir=folder,
         # One way to resume: Lightning's own under Slurm would write and prefer checkpoints of its own.
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
@@ -181,7 +201,8 @@ def _start_at(path: Path, folder: Path, run: RunConfig) -> Start:
     if path.resolve().parent != checkpoints.resolve():
         raise ValueError(f"trainer.ckpt_path={path} is of another run; training resumes into its own run folder: expected out={path.parent.parent}")
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    _check_same(path, state["identity"], identity(run))
+    # Sizes that a checkpoint does not name came after it, and have their defaults there.
+    _check_same(path, {**state["identity"], "model": vars(VauraConfig(**state["identity"]["model"]))}, identity(run))
     return Start(state["global_step"], path)
 
 

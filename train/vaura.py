@@ -1,6 +1,7 @@
 """`soundshard train`: feature shards -> a run folder with a V-AURA decoder. The recipe's options, the Lightning module, and the job.
 
-Knows features and codes only: no video, no sound, no tower and no codec; what the dataset records of them goes into the run folder as it is.
+Knows features and codes only: no video and no tower; what the dataset records of them goes into the run folder as it is. The codec is opened for two
+things alone, the embeddings' start and previews (`train.codec`).
 """
 
 import sys
@@ -17,12 +18,16 @@ from configs import storage
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS, CodecClock
 from configs.load import job_main, to_plain
 from model.run_folder import RunConfig, weights_references
-from model.vaura import Vaura, VauraConfig
+from model.vaura import Vaura, VauraConfig, forward_flops
 from shards.read import Index
 from shards.stream import check_alike
-from train.callbacks import Checkpoints, Metrics, Stopped
+from train.averages import Averages, EmaConfig
+from train.callbacks import Cadence, Checkpoints, Metrics, Stopped
+from train.codec import Embeddings, find_codec, start_embeddings
 from train.data import FeatureData, StreamOptions, Windows
 from train.optim import OptimiserConfig, ScheduleConfig, build_optimiser, clip_gradients
+from train.previews import PreviewConfig, Previews
+from train.sharding import ShardedStrategy, shard
 from train.trainer import TrainerConfig, build_trainer, find_start, identity, is_first, quieten_lightning, say
 
 
@@ -66,6 +71,11 @@ class TrainConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    embeddings: Embeddings = "auto"
+    """What the codes' embeddings begin with. codec: the codec's own codebooks (as published), from the weights file that the dataset was made with;
+    random: normal numbers; auto: the codec's if that file is here."""
     seed: int = 0
     """Decides the initial weights, dropout and guidance dropout. The order of samples has its own, stream.seed."""
     copy_weights: bool = True
@@ -100,19 +110,26 @@ def run(config: TrainConfig) -> Path:
     torch.set_float32_matmul_precision("high")
     quieten_lightning()
     module = VauraModule(described, config)
+    begin = start_embeddings(module.model, config.embeddings, folder, described) if start.checkpoint is None else f"resumes at step {start.step}"
     cadence = config.trainer.cadence(validates=bool(validation))
+    window_steps, tokens = described.codec_clock.steps_in(config.stream.segments), described.model.window_tokens
     metrics = Metrics(
         folder,
         cadence,
         batch_size=config.stream.batch_size,
+        sample_flops=3 * forward_flops(described.model, window_steps + described.model.codebooks - 1, tokens),
         codebooks=described.model.codebooks,
         start_step=start.step,
         bar=config.trainer.progress,
     )
-    checkpoints = Checkpoints(folder, cadence, metrics, described, copy_weights=config.copy_weights)
-    trainer = build_trainer(config.trainer, folder, [metrics, checkpoints], start_step=start.step, validates=cadence.validate_every > 0)
+    averages = Averages(config.ema)
+    previews = build_previews(config, folder, described, validation, averages, cadence, metrics)
+    checkpoints = Checkpoints(folder, cadence, metrics, averages, described, copy_weights=config.copy_weights)
+    # In this order: validation's weights are put back, its loss is known, its clips are made, and then it is saved.
+    callbacks = [averages, metrics, *previews, checkpoints]
+    trainer = build_trainer(config.trainer, folder, callbacks, start_step=start.step, validates=cadence.validate_every > 0)
     data = FeatureData(train, validation, config.stream, accumulate=config.trainer.accumulate)
-    say(describe(config, described, train, validation, module, start.step))
+    say(describe(config, described, train, validation, module, begin))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     except Stopped:
@@ -123,6 +140,30 @@ def run(config: TrainConfig) -> Path:
         best = f", smallest validation loss {metrics.best:.4f}" if validation else ""
         say(f"{folder} is finished: step {config.trainer.max_steps}{best}; `soundshard generate run={folder}` uses it")
     return folder
+
+
+def build_previews(
+    config: TrainConfig,
+    folder: Path,
+    described: RunConfig,
+    validation: list[Index],
+    averages: Averages,
+    cadence: Cadence,
+    metrics: Metrics,
+) -> list[Previews]:
+    """What generates clips at validation, if it is asked for. ValueError where it cannot."""
+    if config.preview.clips == 0:
+        return []
+    codec, why = find_codec(folder, described)
+    if not validation:
+        raise ValueError(f"preview.clips={config.preview.clips}: clips are generated at validation, and there is none: give preview.clips=0")
+    if codec is None:
+        raise ValueError(
+            f"preview.clips={config.preview.clips}: the codec's weights are needed to hear what is generated, and {why}; put the file there "
+            "(`soundshard weights` fetches published ones), or give preview.clips=0"
+        )
+    stopwatch = metrics.stopwatch
+    return [Previews(folder, config.preview, described, averages, cadence, stopwatch, validation=validation, stream=config.stream, codec=codec)]
 
 
 def open_validation(config: TrainConfig) -> list[Index]:
@@ -165,7 +206,15 @@ class VauraModule(LightningModule):
         torch.manual_seed(config.seed)
         self.model = Vaura(described.model)
         self._fused = config.trainer.resolved_precision != "16-mixed"
-        self._loss = torch.compile(self.model.training_loss, dynamic=False) if config.trainer.compile else self.model.training_loss
+        self.model.checkpoint_activations = config.trainer.checkpoint_activations
+        if config.trainer.compile:
+            # Blocks are alike, so that one is compiled and serves for all: the whole at once takes as many times as long.
+            for layer in self.model.layers:
+                layer.compile(dynamic=False)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            shard(self.model, self.trainer.strategy.device_mesh, entry="training_loss")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimiser(self.model.parameters(), self._config.optimiser, fused=self._fused)
@@ -196,7 +245,7 @@ class VauraModule(LightningModule):
         return batch.codes, tokens, there, batch.step_mask
 
     def training_step(self, batch: Windows) -> dict[str, torch.Tensor]:
-        loss = self._loss(*self._inputs(batch))
+        loss = self.model.training_loss(*self._inputs(batch))
         return {"loss": loss.total, "per_codebook": loss.per_codebook.detach()}
 
     def validation_step(self, batch: Windows) -> dict[str, torch.Tensor]:
@@ -210,18 +259,17 @@ class VauraModule(LightningModule):
         checkpoint["identity"] = identity(self._described)
 
 
-def describe(config: TrainConfig, described: RunConfig, train: list[Index], validation: list[Index], module: VauraModule, start_step: int) -> str:
+def describe(config: TrainConfig, described: RunConfig, train: list[Index], validation: list[Index], module: VauraModule, begin: str) -> str:
     """What is about to happen, in a few lines."""
     model = described.model
     parameters = sum(p.numel() for p in module.model.parameters())
-    begin = f"resumes at step {start_step}" if start_step else "starts"
     return "\n".join(
         [
             f"data   {', '.join(config.roots)}: {' + '.join(str(index.ok) for index in train)} training clips, "
             f"{' + '.join(str(index.ok) for index in validation) or 'no'} validation clips",
             f"model  {model.layers} layers of width {model.width}, {model.codebooks} codebooks of {model.card}: {parameters / 1e6:.1f} M parameters",
-            f"run    {config.out} {begin}, to step {config.trainer.max_steps}; {config.trainer.resolved_precision}, "
-            f"batches of {config.stream.batch_size}",
+            f"start  {begin}",
+            f"run    {config.out} to step {config.trainer.max_steps}; {config.trainer.resolved_precision}, batches of {config.stream.batch_size}",
         ]
     )
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.delay import delay, undelay_logits
-from model.vaura import Projection, Vaura, VauraConfig, rotary, rotate
+from model.generate import Sampling, generate
+from model.vaura import Projection, Vaura, VauraConfig, forward_flops, principal_components, rotary, rotate
 from tests.model.fill import checksum, fill_module, inp, inp_int
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -196,13 +199,100 @@ def test_the_unconditional_embedding_fits_any_number_of_tokens() -> None:
     assert torch.equal(embedding.unconditional(9), torch.cat([rows, rows, rows[:1]]))
 
 
+def tables_of(model: Vaura) -> tuple[Tensor, Tensor]:
+    """The rows of the codes, and those of the special one."""
+    tables = model.stacked_codes().tables.view(TINY.codebooks, TINY.card + 1, TINY.codebook_dim)
+    return tables[:, : TINY.card], tables[:, TINY.card]
+
+
 def test_a_model_can_start_from_a_codec() -> None:
-    model, tables, biases = Vaura(TINY), torch.randn(5, 17, 7), torch.randn(5, 19)
-    special = model.stacked_codes().tables.view(5, 18, 7)[:, 17].clone()
+    """Tables and biases as they are, projections' weights and the special code's row as they were (published quirk)."""
+    model, tables, biases = Vaura(TINY), list(torch.randn(5, 17, 7)), list(torch.randn(5, 19))
+    special, projection = tables_of(model)[1].clone(), model.stacked_codes().projection.clone()
     model.start_from_codec(tables, biases)
-    codes = model.stacked_codes()
-    assert torch.equal(codes.tables.view(5, 18, 7)[:, :17], tables) and torch.equal(codes.tables.view(5, 18, 7)[:, 17], special)
-    assert torch.allclose(codes.bias, biases.sum(0))
+    assert torch.equal(tables_of(model)[0], torch.stack(tables)) and torch.equal(tables_of(model)[1], special)
+    assert torch.allclose(model.stacked_codes().bias, torch.stack(biases).sum(0))
+    assert torch.equal(model.stacked_codes().projection, projection)
+
+
+def test_wider_codebooks_start_as_their_principal_components() -> None:
+    model, widths = Vaura(TINY), (29, 8, 3, 7, 11)
+    # Far from the origin, of very unlike sizes, and in the first table seven directions that matter and noise in the others.
+    tables = [5 + 10.0 ** (1 - 2 * k) * torch.randn(17, width) for k, width in enumerate(widths)]
+    tables[0][:, 7:] = 5 + 0.001 * torch.randn(17, 22)
+    bias = model.stacked_codes().bias.clone()
+    model.start_from_codec(tables, [torch.randn(width) for width in (3, 4, 5, 6, 8)])
+    started = tables_of(model)[0].detach()
+    assert torch.equal(model.stacked_codes().bias, bias)
+    assert torch.equal(started[3], tables[3])
+    for k in (0, 1, 2, 4):
+        assert started[k, :, : widths[k]].square().mean().sqrt().item() == pytest.approx(1, abs=1e-5)
+    # Distances between codes are those in the codec, but for one factor: exactly where nothing is left out.
+    for k, tolerance in ((0, 1e-3), (2, 1e-4)):
+        theirs, ours = torch.pdist(tables[k].double()), torch.pdist(started[k].double())
+        torch.testing.assert_close(ours / ours.mean(), theirs / theirs.mean(), rtol=0, atol=tolerance)
+    assert not started[2, :, 3:].any()
+    flipped = principal_components(-tables[1], 7)
+    assert torch.allclose(flipped.abs(), started[1].abs(), atol=1e-5)
+    assert torch.equal(principal_components(torch.ones(17, 9), 7), torch.zeros(17, 7))
+
+
+@pytest.mark.parametrize("shapes", [[(17, 7)] * 4, [(17, 7)] * 4 + [(16, 7)]])
+def test_codebooks_of_another_codec_are_refused(shapes: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="expected 5 of them with 17 entries each"):
+        Vaura(TINY).start_from_codec([torch.randn(shape) for shape in shapes])
+
+
+def test_the_unconditional_embedding_can_be_learnt_and_read_by_any_model() -> None:
+    learning = VauraConfig(**{**vars(TINY), "train_unconditional": True, "guidance_dropout": 0.5})
+    torch.manual_seed(3)
+    model = Vaura(learning)
+    torch.manual_seed(3)
+    plain = Vaura(TINY)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(model.cls_embeddings.uncond_embedding, plain.cls_embeddings.uncond_embedding)
+    fill_module(model, "sampler.")
+    codes, features = torch.randint(TINY.card, (8, TINY.codebooks, 19)), torch.randn(8, 4, TINY.feature_width)
+    model.train().training_loss(codes, features).total.backward()
+    gradient = model.cls_embeddings.uncond_embedding.grad
+    assert gradient is not None and gradient.abs().min() > 0
+    plain.load_state_dict(model.state_dict())
+    sampling = Sampling(greedy=True, guidance=3.0)
+    assert torch.equal(*(generate(each.eval(), features[:2], steps=7, sampling=sampling) for each in (model, plain)))
+    with pytest.raises(ValueError, match=r"train_unconditional=true with guidance_dropout=0"):
+        VauraConfig(train_unconditional=True, guidance_dropout=0.0)
+
+
+def test_recomputed_activations_change_nothing_but_the_memory() -> None:
+    model = filled(TINY).train()
+    codes, features = torch.randint(TINY.card, (3, TINY.codebooks, 19)), torch.randn(3, 4, TINY.feature_width)
+    losses, gradients, kept = [], [], []
+    for again in (False, True):
+        model.checkpoint_activations = again
+        model.zero_grad()
+        torch.manual_seed(5)
+        numbers: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, numbers=numbers: numbers.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            loss = model.training_loss(codes, features).total
+        kept.append(sum(numbers.values()))
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert torch.equal(losses[0], losses[1]) and all(map(torch.equal, *gradients))
+    assert kept[1] < 0.6 * kept[0]
+
+
+@sdpa_kernel(SDPBackend.MATH)  # The one kind of attention that torch counts on a CPU.
+def test_operations_are_counted_as_torch_counts_them() -> None:
+    config = VauraConfig(layers=2, width=96, heads=3, visual_width=32, feature_width=40, codebooks=5, card=70)
+    model, positions = Vaura(config), 61
+    with FlopCounterMode(display=False) as forward:
+        model(torch.randint(70, (2, 5, positions)), torch.randn(2, 8, 40))
+    assert forward.get_total_flops() == 2 * forward_flops(config, positions, 8)
+    with FlopCounterMode(display=False) as step:
+        model.training_loss(torch.randint(70, (2, 5, 57)), torch.randn(2, 8, 40)).total.backward()
+    # Nobody asks for the features' gradient.
+    assert step.get_total_flops() == 6 * forward_flops(config, positions, 8) - 2 * 2 * 8 * 40 * 32
 
 
 def test_every_parameter_learns_and_half_precision_agrees() -> None:
