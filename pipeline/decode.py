@@ -8,21 +8,25 @@ is silence there; sound beyond the last picture is cut, so a clip of n frames al
 until the next one (ffmpeg's `fps` filter with its defaults: at most half a frame early or late, and a long still picture never anticipates the next).
 Positions are exact fractions of the container's timestamps. A clip that is already at 25 fps gives exactly its coded frames.
 
+A clip is read into memory once. A **film** (`picture_pieces`, `open_clip(in_memory=False)`) is not: a first reading keeps only the times of its
+packets, 25 bytes each, and every stream that is then decoded is read from the file again, so that memory does not grow with the film.
+
 This module knows no dataset, no Ray and no network.
 """
 
 import io
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import chain, pairwise
-from math import floor
+from itertools import chain, islice
+from math import ceil, floor
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
@@ -36,10 +40,11 @@ from av.packet import Packet
 from av.sidedata.sidedata import SideData, SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 
 from configs.clock import FRAME_RATE_HZ
 
@@ -53,11 +58,19 @@ MIN_PICTURE_SECONDS = Fraction(1, 1000)
 """A shorter duration of a picture is a demuxer's way to say that it does not know."""
 MAX_STILL_SECONDS = 120
 """A longer time without a new picture is a damaged timestamp, not a still picture."""
+NO_TIME = -(1 << 63)
+"""In place of a time that a container does not give: no time is so early."""
+SOUND_LEAD_SECONDS = 1
+"""Sound that is decoded from the middle of a film begins so much earlier: decoders need the packets before, and some of them a second."""
+SILENCE_SAMPLES = 1 << 16
+"""The longest piece in which silence is made."""
 AUDIO_JITTER_SECONDS = Fraction(1, 100)
 """Audio timestamps this near to where the samples already decoded end are taken as contiguous: containers round them."""
 
 Pictures = UInt8[np.ndarray, "frames height width 3"]
 Sound = Float32[np.ndarray, "channels samples"]
+Ticks = Int64[np.ndarray, "packets"]
+"""Times of a stream's packets, in its time base."""
 T = TypeVar("T")
 
 
@@ -144,11 +157,73 @@ def decode_audio(source: str | Path | bytes, sample_rate_hz: int | None = None, 
         return clip.sound(sample_rate_hz, channels)[0]
 
 
+def picture_pieces(
+    source: str | Path | bytes,
+    *,
+    short_side: int | None = None,
+    piece_frames: int,
+    start_seconds: float | int | Fraction = 0,
+    duration_seconds: float | int | Fraction | None = None,
+    frame_rate_hz: int = FRAME_RATE_HZ,
+    threads: int = 1,
+) -> Iterator[Pictures]:
+    """The frames of `decode_video`, bit for bit, in pieces of `piece_frames` (the last may be shorter), whatever the length of the film.
+
+    `start_seconds` begins with the frame that the clip's clock shows at that instant, number `floor(start_seconds * frame_rate_hz)`, as the published
+    test starts do; decoding begins at the key frame before it, the file is read from its beginning. `duration_seconds` ends after so many whole
+    frames. Memory: the pieces, some decoded frames, and 50 bytes for each packet of the file; a source given as bytes is in memory as it is.
+    Raises MediaError where the film is at fault, damage to later parts when they are reached, and `too_short` where it ends before `start_seconds`.
+    """
+    if piece_frames < 1:
+        raise ValueError(f"piece_frames is {piece_frames}; expected at least 1")
+    with open_clip(source, frame_rate_hz=frame_rate_hz, threads=threads, in_memory=False) as film:
+        yield from film.rgb_pieces(piece_frames, short_side, *film.frame_range(start_seconds, duration_seconds))
+
+
+def video_frames(
+    source: str | Path | bytes,
+    *,
+    start_seconds: float | int | Fraction = 0,
+    duration_seconds: float | int | Fraction | None = None,
+    frame_rate_hz: int = FRAME_RATE_HZ,
+) -> int:
+    """How many frames `picture_pieces` gives: the file is read once at constant memory, and no picture is decoded."""
+    with open_clip(source, frame_rate_hz=frame_rate_hz, in_memory=False) as film:
+        start, stop = film.frame_range(start_seconds, duration_seconds)
+        return stop - start
+
+
+def exact_seconds(seconds: float | int | Fraction) -> Fraction:
+    """0.64 as 16/25: what the float was meant to be."""
+    return seconds if isinstance(seconds, Fraction) else Fraction(seconds).limit_denominator(1_000_000)
+
+
 @contextmanager
 def open_clip(
-    source: str | Path | bytes, *, frame_rate_hz: int = FRAME_RATE_HZ, threads: int = 1, need_video: bool = True, need_audio: bool = False
+    source: str | Path | bytes,
+    *,
+    frame_rate_hz: int = FRAME_RATE_HZ,
+    threads: int = 1,
+    need_video: bool = True,
+    need_audio: bool = False,
+    in_memory: bool = True,
 ) -> "Iterator[OpenClip]":
-    """An open clip; raises MediaError if the file, or a stream that is needed, is not there."""
+    """An open clip; raises MediaError if the file, or a stream that is needed, is not there.
+
+    `in_memory=False` is for films: packets are read again when they are needed, instead of being kept.
+    """
+    with _opened(source) as container:
+        video, audio = _video_stream(container), _audio_stream(container)
+        if need_video and video is None:
+            raise MediaError("no_video", f"{container.format.name} file without a video stream")
+        if need_audio and audio is None:
+            raise MediaError("no_audio", f"{container.format.name} file without an audio stream")
+        with closing(OpenClip(source, container, video, audio, frame_rate_hz, threads, in_memory)) as clip:
+            yield clip
+
+
+@contextmanager
+def _opened(source: str | Path | bytes) -> Iterator[InputContainer]:
     file = _file(source)
     try:
         container = av.open(file, "r", metadata_errors="replace", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
@@ -157,41 +232,110 @@ def open_clip(
     except FFmpegError as error:
         raise _cannot_open(source, error) from error
     with container:
-        video, audio = _video_stream(container), _audio_stream(container)
-        if need_video and video is None:
-            raise MediaError("no_video", f"{container.format.name} file without a video stream")
-        if need_audio and audio is None:
-            raise MediaError("no_audio", f"{container.format.name} file without an audio stream")
-        yield OpenClip(container, video, audio, frame_rate_hz, threads)
+        yield container
+
+
+class Track:
+    """One stream of a clip: the times of its packets in the order of the file, and the packets if they are kept."""
+
+    def __init__(self, stream: VideoStream | AudioStream, *, keep: bool) -> None:
+        self.stream = stream
+        self.context = stream.codec_context
+        """What decodes it: of the latest reading, which may have been of another opening of the file."""
+        self.packets: list[Packet] | None = [] if keep else None
+        self._pts, self._dts, self._durations, self._flags = array("q"), array("q"), array("q"), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._flags)
+
+    def add(self, packet: Packet) -> None:
+        """Note the file's next packet."""
+        self._pts.append(NO_TIME if packet.pts is None else packet.pts)
+        self._dts.append(NO_TIME if packet.dts is None else packet.dts)
+        self._durations.append(packet.duration or 0)
+        self._flags.append(packet.is_keyframe | packet.is_discard << 1)
+        if self.packets is not None:
+            self.packets.append(packet)
+
+    @property
+    def pts(self) -> Ticks:
+        """Presentation times as the container gives them; NO_TIME where it does not."""
+        return np.frombuffer(self._pts, np.int64)
+
+    @property
+    def dts(self) -> Ticks:
+        """Decoding times as the container gives them; NO_TIME where it does not."""
+        return np.frombuffer(self._dts, np.int64)
+
+    @property
+    def shown(self) -> Ticks:
+        """Presentation times, or where there are none decoding times: avi has no others."""
+        return np.where(self.pts == NO_TIME, self.dts, self.pts)
+
+    @property
+    def durations(self) -> Ticks:
+        """How long each packet lasts; 0 where the container does not say."""
+        return np.frombuffer(self._durations, np.int64)
+
+    @property
+    def is_key(self) -> Bool[np.ndarray, "packets"]:
+        """Which packets can be decoded without those before."""
+        return np.frombuffer(self._flags, np.uint8) & 1 == 1
+
+    @property
+    def is_presented(self) -> Bool[np.ndarray, "packets"]:
+        """Which packets an edit list does not hide, among those with a time."""
+        return (np.frombuffer(self._flags, np.uint8) & 2 == 0) & (self.shown != NO_TIME)
+
+    def span(self) -> tuple[Fraction, Fraction] | None:
+        """First presentation time and end of the packets that are presented, in the container's seconds; None if there are none."""
+        times, durations = self.shown[self.is_presented], self.durations[self.is_presented]
+        if not len(times) or self.stream.time_base is None:
+            return None
+        order = np.lexsort((durations, times))
+        first, last, duration = (int(ticks) for ticks in (times[order[0]], times[order[-1]], durations[order[-1]]))
+        if duration * self.stream.time_base < MIN_PICTURE_SECONDS and len(times) > 1:
+            # Not every container says how long the last picture is shown: until the declared end, if that can be, or as long as the one before.
+            gaps = np.diff(times[order])
+            declared = first + (self.stream.duration or 0) - last
+            duration = declared if 0 < declared <= gaps.max() else int(gaps[-1])
+        return first * self.stream.time_base, (last + duration) * self.stream.time_base
 
 
 @dataclass
 class OpenClip:
     """A clip being read: its packets, its clock, and each stream to be decoded once.
 
-    The packets of both streams are read up front (a clip's size in memory), so that time 0 is known before the first picture is.
+    The packets of both streams are read up front, so that time 0 is known before the first picture is; kept (a clip's size in memory), or for
+    a film only counted and read again.
     """
 
+    source: str | Path | bytes
     container: InputContainer
     video: VideoStream | None
     audio: AudioStream | None
     frame_rate_hz: int
     threads: int
+    in_memory: bool = True
     video_faults: int = 0
     audio_faults: int = 0
     audio_gaps: int = 0
     _rotation: int = 0
-    video_packets: list[Packet] = field(default_factory=list)
-    audio_packets: list[Packet] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.video_track = self.audio_track = None
+        if self.video is not None:
+            self.video_track = Track(self.video, keep=self.in_memory)
+        if self.audio is not None:
+            self.audio_track = Track(self.audio, keep=self.in_memory)
+        self._tracks = [track for track in (self.video_track, self.audio_track) if track is not None]
         self._read_packets()
         self._sound_frames = self._decoded_sound()
         self._first_sound = next(self._sound_frames, None)
-        self._spans = {stream: span for stream, packets in self._streams() if (span := _span(packets, stream))}
-        if self.video is not None and self.video not in self._spans:
+        self._spans = {track.stream.type: span for track in self._tracks if (span := track.span())}
+        if self.video is not None and "video" not in self._spans:
             raise MediaError("undecodable", "no video packet with a time could be read")
-        starts = [self._spans[self.video][0]] if self.video is not None else []
+        starts = [self._spans["video"][0]] if self.video is not None else []
         if self._first_sound is not None:
             starts.append(self._first_sound[0])
         if not starts:
@@ -199,92 +343,120 @@ class OpenClip:
         self.start = min(starts)
         self._check_complete()
 
-    def _streams(self) -> list[tuple[VideoStream | AudioStream, list[Packet]]]:
-        both = ((self.video, self.video_packets), (self.audio, self.audio_packets))
-        return [(stream, packets) for stream, packets in both if stream is not None]
+    def close(self) -> None:
+        """Let go of the files that are read again; the clip's own container is its opener's."""
+        self._sound_frames.close()
 
     def _read_packets(self) -> None:
-        streams = [stream for stream, _ in self._streams()]
-        for stream in streams:
-            stream.codec_context.thread_count = self.threads
-        if self.video is not None and self.threads != 1:
-            self.video.codec_context.thread_type = "AUTO"
-        try:
-            for packet in self.container.demux(streams):
-                if packet.size:
-                    (self.video_packets if packet.stream is self.video else self.audio_packets).append(packet)
-        except MemoryError:
-            raise
-        except (FFmpegError, IndexError):
-            # A file that breaks off, or grows streams from damaged bytes (PyAV's IndexError): what was read stays, and `_check_complete` judges
-            # whether it is enough.
-            pass
-        for stream, packets in self._streams():
-            packets.append(_flush(stream))
+        for track in self._tracks:
+            self._set_threads(track.stream)
+        for packet in _demuxed(self.container, *(track.stream for track in self._tracks)):
+            track = self.video_track if packet.stream is self.video else self.audio_track
+            assert track is not None
+            track.add(packet)
+
+    def _set_threads(self, stream: VideoStream | AudioStream) -> None:
+        stream.codec_context.thread_count = self.threads
+        if stream.type == "video" and self.threads != 1:
+            stream.codec_context.thread_type = "AUTO"
+
+    def packets(self, track: Track, start: int = 0, stop: int | None = None) -> Iterator[Packet]:
+        """The track's packets `[start, stop)` in the order of the file, kept or read again; after the last, the empty one that ends decoding."""
+        if track.packets is not None:
+            yield from islice(chain(track.packets, [_flush(track.stream)]), start, stop)
+            return
+        with _opened(self.source) as container:
+            stream = container.streams[track.stream.index]
+            assert isinstance(stream, VideoStream | AudioStream)
+            self._set_threads(stream)
+            track.context = stream.codec_context
+            yield from islice(chain(_demuxed(container, stream), [_flush(stream)]), start, stop)
 
     def _check_complete(self) -> None:
         """Every duration that the file declares against the packets that are there, and the packets' times against reason."""
-        for stream, (start, stop) in self._spans.items():
-            if stream.duration and stream.time_base:
+        for track in self._tracks:
+            stream = track.stream
+            if stream.duration and stream.time_base and stream.type in self._spans:
+                start, stop = self._spans[stream.type]
                 _check_present(stop - start, stream.duration * stream.time_base, f"{stream.type} stream")
         if self.container.duration and self._spans:
             starts, stops = zip(*self._spans.values(), strict=True)
             present = max(stops) - min(0, *starts)  # some containers count from 0, some from the start
             _check_present(present, Fraction(self.container.duration, 1_000_000), f"{self.container.format.name} file")
-        if self.video is not None and self.video.time_base:
-            times = [self.start, *(time * self.video.time_base for time, _ in _times(self.video_packets)), self.video_end]
-            longest = max(later - earlier for earlier, later in pairwise(times))
+        if self.video_track is not None and self.video_track.stream.time_base:
+            first, stop = self._spans["video"]
+            times = np.sort(self.video_track.shown[self.video_track.is_presented])
+            between = int(np.diff(times).max(initial=0)) * self.video_track.stream.time_base
+            longest = max(first - self.start, between, stop - int(times[-1]) * self.video_track.stream.time_base)
             if longest > MAX_STILL_SECONDS:
                 raise MediaError("undecodable", f"the pictures' times jump by {float(longest):.0f} s")
 
     @property
     def video_end(self) -> Fraction:
         """When the last picture ends, in the container's seconds."""
-        assert self.video is not None
-        return self._spans[self.video][1]
+        return self._spans["video"][1]
 
     @property
     def frames(self) -> int:
         """Frames on the output clock: the pictures' end, to the nearest frame. Without a video stream, the sound's end."""
-        stream = self.video or self.audio
-        assert stream is not None
-        return floor((self._spans[stream][1] - self.start) * self.frame_rate_hz + Fraction(1, 2))
+        end = self._spans["video" if self.video is not None else "audio"][1]
+        return floor((end - self.start) * self.frame_rate_hz + Fraction(1, 2))
 
-    def samples(self, sample_rate_hz: int) -> int:
-        """Samples on the output clock, per channel."""
-        return floor(Fraction(self.frames * sample_rate_hz, self.frame_rate_hz) + Fraction(1, 2))
+    def frame_range(self, start_seconds: float | int | Fraction = 0, duration_seconds: float | int | Fraction | None = None) -> tuple[int, int]:
+        """The frames `[start, stop)` that are shown from an instant of the clip's clock on, for a duration or to the end."""
+        if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
+            raise ValueError(f"start_seconds is {start_seconds}, duration_seconds {duration_seconds}; expected at least 0, and more than 0 or None")
+        start, stop = floor(exact_seconds(start_seconds) * self.frame_rate_hz), self.frames
+        if start and start >= self.frames:
+            raise MediaError("too_short", f"it has {self.frames / self.frame_rate_hz:.2f} s of pictures, which end before {float(start_seconds):g} s")
+        if duration_seconds is not None:
+            stop = min(stop, start + max(1, floor(exact_seconds(duration_seconds) * self.frame_rate_hz)))
+        return start, stop
+
+    def samples(self, sample_rate_hz: int, frames: int | None = None) -> int:
+        """Samples on the output clock, per channel: in the whole clip, or in its first `frames`."""
+        return floor(Fraction((self.frames if frames is None else frames) * sample_rate_hz, self.frame_rate_hz) + Fraction(1, 2))
 
     # Pictures
 
-    def pictures(self, short_side: int | None = None, pixel_format: str = "yuv420p") -> Iterator[VideoFrame]:
-        """The clip's frames on its clock, upright, scaled to `short_side`; the same object again where a picture is held. One use."""
+    def pictures(
+        self, short_side: int | None = None, pixel_format: str | None = "yuv420p", start: int = 0, stop: int | None = None
+    ) -> Iterator[VideoFrame]:
+        """The clip's frames `[start, stop)` on its clock, upright, scaled to `short_side`; the same object again where a picture is held. One use.
+
+        Without a size and a format, pictures are as they were decoded, or turned.
+        """
         fit = PictureFit(short_side, pixel_format)
         shown: tuple[VideoFrame, VideoFrame] | None = None
-        for frame in hold(self._ticked_pictures(), self.frames):
+        stop = self.frames if stop is None else stop
+        for frame in islice(hold(self._ticked_pictures(start, stop), stop), start, None):
             if shown is None or shown[0] is not frame:
                 shown = (frame, self._fitted(fit, frame))
             yield shown[1]
 
     def rgb(self, short_side: int | None = None) -> Pictures:
         """The clip's frames as RGB. One use."""
-        pictures = self.pictures(short_side) if short_side else hold(self._upright_pictures(), self.frames)
-        to_rgb, out, shown = VideoReformatter(), None, None
-        for index, frame in enumerate(pictures):
-            if out is None:
-                out = empty_pictures(self.frames, frame.height, frame.width)
-            if frame is shown:
-                out[index] = out[index - 1]
-            else:
-                out[index] = to_rgb.reformat(frame, out.shape[2], out.shape[1], format="rgb24", threads=1).to_ndarray()
-            shown = frame
-        assert out is not None  # `hold` ends after at least one frame or raises
-        return out
+        pieces = list(self.rgb_pieces(self.frames, short_side))
+        if not pieces:
+            raise MediaError("too_short", "its pictures last for less than half a frame")
+        return pieces[0]
 
-    def _upright_pictures(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Pictures at their own size; only those with a display matrix pass a filter."""
-        fit = PictureFit(None, None)
-        for tick, frame in self._ticked_pictures():
-            yield tick, self._fitted(fit, frame) if fit.turns(frame) else frame
+    def rgb_pieces(self, piece_frames: int, short_side: int | None = None, start: int = 0, stop: int | None = None) -> Iterator[Pictures]:
+        """The clip's frames `[start, stop)` as RGB, so many at a time. One use. A piece is the caller's: it is not looked at again."""
+        stop = self.frames if stop is None else stop
+        to_rgb, piece, at, shown, size = VideoReformatter(), None, 0, None, None
+        for index, frame in enumerate(self.pictures(short_side, "yuv420p" if short_side else None, start, stop), start):
+            size = size or (frame.width, frame.height)
+            if piece is None:
+                piece, at = empty_pictures(min(piece_frames, stop - index), size[1], size[0]), 0
+            if frame is shown and at:
+                piece[at] = piece[at - 1]
+            else:
+                piece[at] = to_rgb.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
+            shown, at = frame, at + 1
+            if at == len(piece):
+                yield piece
+                piece = None
 
     def _fitted(self, fit: "PictureFit", frame: VideoFrame) -> VideoFrame:
         try:
@@ -294,72 +466,124 @@ class OpenClip:
         except FFmpegError as error:
             raise MediaError("undecodable", f"{frame.format.name} pictures of {frame.width}x{frame.height} cannot be scaled: {error}") from error
 
-    def _ticked_pictures(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Decoded pictures in time order with the tick of the output clock that each starts on."""
-        assert self.video is not None
+    def _ticked_pictures(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, VideoFrame]]:
+        """Decoded pictures in time order with the tick of the output clock that each starts on: those of frames `[start, stop)`, and some before."""
+        track = self.video_track
+        assert track is not None
         count, last, step = 0, None, Fraction(1, 25)
-        for _, frame in self._decoded(self.video_packets, "video"):
-            time_base = frame.time_base or self.video.time_base
-            assert time_base is not None
+        key = self._key_before(track, start)
+        own_time_base = track.stream.time_base
+        assert own_time_base is not None  # else there were no span
+        settled = int(track.shown[key]) * own_time_base
+        for fed, (_, frame) in self._decoded(track, key):
+            time_base = frame.time_base or own_time_base
             step = frame.duration * time_base if frame.duration else step
             pts = frame.pts if frame.pts is not None else frame.dts
             seconds = pts * time_base if pts is not None else (self.start if last is None else last + step)
-            self.video_faults += frame.is_corrupt
             self._rotation = frame.rotation
             count += 1
+            if key and seconds < settled:
+                self.video_faults = 0  # pictures shown before the key frame may miss others that were not decoded
+                continue
+            self.video_faults += frame.is_corrupt
             if last is None or seconds >= last:
-                yield floor((seconds - self.start) * self.frame_rate_hz + Fraction(1, 2)), frame
+                tick = floor((seconds - self.start) * self.frame_rate_hz + Fraction(1, 2))
+                if stop is not None and stop < self.frames and tick >= stop:
+                    _check_faults(self.video_faults, fed, "video")
+                    return
+                yield tick, frame
                 last = seconds
         if not count:
-            raise MediaError("undecodable", f"no picture in {len(self.video_packets)} {self.video.codec_context.name} packets")
-        _check_faults(self.video_faults, len(self.video_packets), "video")
+            raise MediaError("undecodable", f"no picture in {len(track)} {track.context.name} packets")
+        _check_faults(self.video_faults, len(track) + 1 - key, "video")
+
+    def _key_before(self, track: Track, start: int) -> int:
+        """The packet from which to decode what is shown from frame `start` on: a key frame, or the first."""
+        if not start or (track.pts == NO_TIME).any():  # without presentation times, a picture's time depends on the ones before
+            return 0
+        assert track.stream.time_base is not None
+        latest = ceil((self.start + Fraction(2 * start + 1, 2 * self.frame_rate_hz)) / track.stream.time_base)  # half a frame: to the nearest tick
+        keys = np.flatnonzero(track.is_key & track.is_presented & (track.pts < latest))
+        return int(keys[track.pts[keys].argmax()]) if len(keys) else 0
 
     # Sound
 
     def sound(self, sample_rate_hz: int | None = None, channels: int | None = None) -> tuple[Sound, int]:
         """The whole sound on the clip's clock, and its sample rate. One use."""
-        if self._first_sound is None:
-            raise MediaError("undecodable", f"no sound in {len(self.audio_packets)} audio packets")
-        first = self._first_sound[1]
-        rate_hz = sample_rate_hz or first.sample_rate
-        layout = channel_layout(channels) if channels else first.layout.name
-        track = np.zeros((channels or first.layout.nb_channels, self.samples(rate_hz)), np.float32)
-        filled = 0
-        for seconds, wave in self._sound_runs(layout, rate_hz):
-            at = floor((seconds - self.start) * rate_hz + Fraction(1, 2))
-            skip = max(0, filled - at)  # a run that starts inside the one before: what is already there stays
-            stop = min(track.shape[1], at + wave.shape[1])
-            if stop > at + skip:
-                track[:, at + skip : stop] = wave[:, skip : stop - at]
-                filled = stop
-        _check_faults(self.audio_faults, len(self.audio_packets), "audio")
+        own_rate_hz, own_channels = self.sound_format()
+        rate_hz = sample_rate_hz or own_rate_hz
+        track, at = np.zeros((channels or own_channels, self.samples(rate_hz)), np.float32), 0
+        for wave in self.sound_pieces(rate_hz, track.shape[0]):
+            track[:, at : at + wave.shape[1]] = wave
+            at += wave.shape[1]
         return track, rate_hz
 
-    def _sound_runs(self, layout: str, rate_hz: int) -> Iterator[tuple[Fraction, Sound]]:
-        """Stretches of sound without a hole in their timestamps, resampled, each with its start time."""
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is sound that can be decoded."""
+        return self._first_sound is not None
+
+    def sound_format(self) -> tuple[int, int]:
+        """The sound's own sample rate in Hz and number of channels. Raises MediaError if none can be decoded."""
+        if self._first_sound is None:
+            raise MediaError("undecodable", f"no sound in {len(self.audio_track or ())} audio packets")
+        first = self._first_sound[1]
+        return first.sample_rate, first.layout.nb_channels
+
+    def sound_pieces(self, sample_rate_hz: int, channels: int | None = None, start: int = 0, stop: int | None = None) -> Iterator[Sound]:
+        """The sound of the clip's frames `[start, stop)` in pieces as they are decoded, silence where there is none. One use."""
+        _, own_channels = self.sound_format()
         assert self._first_sound is not None
+        layout = channel_layout(channels) if channels else self._first_sound[1].layout.name
+        filled, end = self.samples(sample_rate_hz, start), self.samples(sample_rate_hz, stop)
+        frames = chain([self._first_sound], self._sound_frames) if not start else self._decoded_sound(from_frame=start)
+        for at, wave in self._placed_sound(frames, layout, sample_rate_hz):
+            if stop is not None and filled >= end:
+                break
+            skip = max(0, filled - at)  # a run that starts inside the one before: what is already there stays
+            until = min(end, at + wave.shape[1])
+            if until > at + skip:
+                yield from _silence(wave.shape[0], at + skip - filled)
+                yield wave[:, skip : until - at]
+                filled = until
+        yield from _silence(channels or own_channels, end - filled)
+
+    def _placed_sound(self, frames: Iterable[tuple[Fraction, AudioFrame]], layout: str, rate_hz: int) -> Iterator[tuple[int, Sound]]:
+        """Resampled pieces of sound, each with the sample of the output clock on which it starts; only a hole in the timestamps makes one there."""
         run: _Run | None = None
-        for seconds, frame in chain([self._first_sound], self._sound_frames):
+        for seconds, frame in frames:
             if run is not None and not run.continues(frame, seconds):
                 self.audio_gaps += 1
-                yield run.start, run.finish()
+                yield from run.finish()
                 run = None
             if run is None:
-                run = _Run(seconds, frame, layout, rate_hz)
+                run = _Run(seconds, floor((seconds - self.start) * rate_hz + Fraction(1, 2)), frame, layout, rate_hz)
             try:
-                run.add(frame)
+                pieces = run.add(frame)
             except MemoryError:
                 raise
             except FFmpegError:  # damage can look like a format that no sound has
                 self.audio_faults += 1
                 run = None
+            else:
+                yield from pieces
         if run is not None:
-            yield run.start, run.finish()
+            yield from run.finish()
+        _check_faults(self.audio_faults, len(self.audio_track or ()) + 1, "audio")
 
-    def _decoded_sound(self) -> Iterator[tuple[Fraction, AudioFrame]]:
-        """Audio frames with the time of their first sample; a frame without a timestamp follows the one before it."""
-        following = Fraction(0)
-        for packet, frame in self._decoded(self.audio_packets, "audio"):
+    def _decoded_sound(self, from_frame: int = 0) -> Generator[tuple[Fraction, AudioFrame]]:
+        """Audio frames with the time of their first sample, from the start or from a little before a frame of the output clock on.
+
+        A frame without a timestamp follows the one before it.
+        """
+        track, following, start = self.audio_track, Fraction(0), 0
+        if track is None:
+            return
+        if from_frame:
+            assert track.stream.time_base is not None
+            earliest = floor((self.start + Fraction(from_frame, self.frame_rate_hz) - SOUND_LEAD_SECONDS) / track.stream.time_base)
+            start = int((track.shown < earliest).cumprod().sum())
+        for _, (packet, frame) in self._decoded(track, start):
             seconds = following if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
             if packet.pts is not None and packet.has_sidedata("skip_samples"):
                 # The decoder rounds the time of a frame that it trimmed to the container's ticks (1 ms in webm).
@@ -370,24 +594,24 @@ class OpenClip:
             if frame.samples:
                 yield seconds, frame
 
-    def _decoded(self, packets: list[Packet], kind: str) -> Iterator:
-        """Packets with the frames they gave; those that cannot be decoded are counted and skipped."""
-        for packet in packets:
+    def _decoded(self, track: Track, start: int = 0) -> Iterator[tuple[int, tuple[Packet, Any]]]:
+        """Packets from the one numbered `start` with the frames they gave, counted; those that cannot be decoded are noted and skipped."""
+        for fed, packet in enumerate(self.packets(track, start), 1):
             try:
                 frames = packet.decode()
             except MemoryError:
                 raise
             except FFmpegError:
-                self.video_faults += kind == "video"
-                self.audio_faults += kind == "audio"
+                self.video_faults += track is self.video_track
+                self.audio_faults += track is self.audio_track
                 continue
             for frame in frames:
-                yield packet, frame
+                yield fed, (packet, frame)
 
     def info(self) -> SourceInfo:
         """What the file held; complete once its streams have been decoded."""
-        assert self.video is not None
-        context = self.video.codec_context
+        assert self.video is not None and self.video_track is not None
+        context = cast(VideoCodecContext, self.video_track.context)
         start, sound = self._first_sound or (None, None)
         return SourceInfo(
             container=self.container.format.name,
@@ -397,8 +621,8 @@ class OpenClip:
             height=context.height,
             frame_rate=str(self.video.average_rate or self.video.guessed_rate or "unknown"),
             rotation_degrees=self._rotation,
-            video_start_seconds=float(self._spans[self.video][0] - self.start),
-            audio_codec=self.audio.codec_context.name if self.audio else None,
+            video_start_seconds=float(self._spans["video"][0] - self.start),
+            audio_codec=self.audio_track.context.name if self.audio_track else None,
             audio_rate_hz=sound.sample_rate if sound else None,
             audio_layout=sound.layout.name if sound else None,
             audio_start_seconds=float(start - self.start) if start is not None else None,
@@ -443,6 +667,7 @@ class PictureFit:
     """Turns decoded pictures upright and to one size and format, in one pass of filters and without copies through numpy.
 
     Scaling is the published one (bicubic; the long side rounded down, then cropped to an even size). The size follows the first picture.
+    Without either, pictures stay as they are unless they must be turned.
     """
 
     def __init__(self, short_side: int | None, pixel_format: str | None) -> None:
@@ -454,6 +679,8 @@ class PictureFit:
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         turns = self.turns(frame)
+        if self.short_side is None and self.pixel_format is None and not turns:
+            return frame
         kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, turns)
         if kind != self._kind:
             self._graph, self._kind = self._build(frame, turns), kind
@@ -496,6 +723,8 @@ class PictureFit:
             ranges = {"out_range": "limited"} if full_range else {}
             filters.append(graph.add("scale", w=str(self.scaled[0]), h=str(self.scaled[1]), flags="bicubic", **ranges))
             filters.append(graph.add("crop", w=str(self.scaled[0] // 2 * 2), h=str(self.scaled[1] // 2 * 2)))
+        elif self.pixel_format is not None and (frame.width % 2 or frame.height % 2):
+            filters.append(graph.add("crop", w="trunc(iw/2)*2", h="trunc(ih/2)*2"))
         if self.pixel_format is not None:
             filters.append(graph.add("format", pix_fmts=self.pixel_format))
         filters.append(graph.add("buffersink"))
@@ -510,29 +739,53 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 class _Run:
-    """Contiguous audio frames of one format on their way through one resampler."""
+    """Contiguous audio frames of one format on their way through one resampler; pieces come out with the sample of the output clock they start on."""
 
-    def __init__(self, start: Fraction, frame: AudioFrame, layout: str, rate_hz: int) -> None:
+    def __init__(self, start: Fraction, at: int, frame: AudioFrame, layout: str, rate_hz: int) -> None:
         self.start = start
+        self.at = at
         self.samples = 0
         self.format = (frame.format.name, frame.layout.name, frame.sample_rate)
         self._resampler = AudioResampler(format="fltp", layout=layout, rate=rate_hz)
-        self._waves: list[np.ndarray] = []
 
     def continues(self, frame: AudioFrame, seconds: Fraction) -> bool:
         expected = self.start + Fraction(self.samples, frame.sample_rate)
         return self.format == (frame.format.name, frame.layout.name, frame.sample_rate) and abs(seconds - expected) <= AUDIO_JITTER_SECONDS
 
-    def add(self, frame: AudioFrame) -> None:
+    def add(self, frame: AudioFrame) -> list[tuple[int, Sound]]:
         self.samples += frame.samples
-        self._take(self._resampler.resample(frame))
+        return self._placed(self._resampler.resample(frame))
 
-    def finish(self) -> Sound:
-        self._take(self._resampler.resample(None))
-        return np.concatenate(self._waves, axis=1)
+    def finish(self) -> list[tuple[int, Sound]]:
+        return self._placed(self._resampler.resample(None))
 
-    def _take(self, frames: Iterable[AudioFrame | None]) -> None:
-        self._waves.extend(frame.to_ndarray() for frame in frames if frame is not None)
+    def _placed(self, frames: Iterable[AudioFrame | None]) -> list[tuple[int, Sound]]:
+        pieces = []
+        for frame in frames:
+            if frame is not None:
+                pieces.append((self.at, frame.to_ndarray()))
+                self.at += frame.samples
+        return pieces
+
+
+def _silence(channels: int, samples: int) -> Iterator[Sound]:
+    """So many samples of it, in pieces."""
+    for at in range(0, samples, SILENCE_SAMPLES):
+        yield np.zeros((channels, min(SILENCE_SAMPLES, samples - at)), np.float32)
+
+
+def _demuxed(container: InputContainer, *streams: VideoStream | AudioStream) -> Iterator[Packet]:
+    """The streams' packets in the order of the file, as far as it can be read."""
+    try:
+        for packet in container.demux(streams):
+            if packet.size:
+                yield packet
+    except MemoryError:
+        raise
+    except (FFmpegError, IndexError):
+        # A file that breaks off, or grows streams from damaged bytes (PyAV's IndexError): what was read stays, and `_check_complete` judges
+        # whether it is enough.
+        return
 
 
 def _file(source: str | Path | bytes) -> str | io.BytesIO:
@@ -602,26 +855,6 @@ def _flush(stream: VideoStream | AudioStream) -> Packet:
     flush.stream = stream
     flush.time_base = stream.time_base or Fraction(1, 1000)
     return flush
-
-
-def _times(packets: list[Packet]) -> list[tuple[int, int]]:
-    """Time and duration of the packets that are presented, in the order of time."""
-    presented = [packet for packet in packets if packet.size and not packet.is_discard]
-    return sorted((time, packet.duration or 0) for packet in presented if (time := packet.dts if packet.pts is None else packet.pts) is not None)
-
-
-def _span(packets: list[Packet], stream: VideoStream | AudioStream) -> tuple[Fraction, Fraction] | None:
-    """First presentation time and end of the packets that are presented, in the container's seconds; None if there are none."""
-    times = _times(packets)
-    if not times or stream.time_base is None:
-        return None
-    first, (last, duration) = times[0][0], times[-1]
-    if duration * stream.time_base < MIN_PICTURE_SECONDS and len(times) > 1:
-        # Not every container says how long the last picture is shown: until the declared end, if that can be, or as long as the one before.
-        gaps = [later - earlier for (earlier, _), (later, _) in pairwise(times)]
-        declared = first + (stream.duration or 0) - last
-        duration = declared if 0 < declared <= max(gaps) else gaps[-1]
-    return first * stream.time_base, (last + duration) * stream.time_base
 
 
 def channel_layout(channels: int) -> str:

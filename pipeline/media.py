@@ -2,8 +2,21 @@
 
 from configs import storage
 from configs.storage import StorageError
-from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip
-from pipeline.encode import EncodeConfig, EncodedClip, Muxed, mux, reencode, write_wav
+from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip, picture_pieces, video_frames
+from pipeline.encode import (
+    EncodeConfig,
+    EncodedClip,
+    Muxed,
+    WavFormat,
+    WavWriter,
+    mux,
+    mux_wav,
+    reencode,
+    transcode_original,
+    wav_format,
+    wav_pieces,
+    write_wav,
+)
 
 __all__ = [
     "DecodedClip",
@@ -12,13 +25,21 @@ __all__ = [
     "MediaError",
     "Muxed",
     "SourceInfo",
+    "WavFormat",
+    "WavWriter",
     "decode",
     "decode_audio",
     "decode_video",
     "fetched",
     "mux",
+    "mux_wav",
     "open_clip",
+    "picture_pieces",
     "reencode",
+    "transcode_original",
+    "video_frames",
+    "wav_format",
+    "wav_pieces",
     "write_wav",
 ]
 

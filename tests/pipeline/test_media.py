@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from pipeline.decode import hold, scaled_size
+from pipeline.decode import PictureFit, hold, scaled_size
 from pipeline.media import EncodeConfig, MediaError, decode, decode_audio, decode_video, mux, open_clip, reencode, write_wav
 from tests.pipeline.clips import Recipe, click_seconds, corrupt, flash_frame, make_clip, picture, shift_samples
 
@@ -465,7 +465,8 @@ def _ffmpeg(ffmpeg: str, *arguments: str) -> bytes:
 def _assert_equals_ffmpeg(ffmpeg: str, path: Path) -> None:
     """Pictures bit for bit, in YUV and RGB; sound to the rounding of another FFT (ffmpeg 5.1 and 8 compute AAC's transform differently)."""
     with open_clip(path) as clip:
-        pictures = [frame for _, frame in clip._upright_pictures()]
+        upright = PictureFit(None, None)
+        pictures = [upright(frame) for _, frame in clip._ticked_pictures()]
         planes, rgb = [frame.to_ndarray() for frame in pictures], [frame.to_ndarray(format="rgb24") for frame in pictures]
     arguments = ("-i", str(path), "-map", "0:v:0", "-vsync", "passthrough", "-f", "rawvideo", "-pix_fmt")
     for pixel_format, ours in (("yuv420p", planes), ("rgb24", rgb)):
