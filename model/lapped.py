@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
-from model.codec import Codec
+from model.codec import Codebooks, Codec, StreamDecoder
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,52 @@ class LappedCodec(Codec):
         return torch.cat([codes, torch.stack([nearest(shapes[:, lo:hi], book.double(), weights[:, lo:hi]) for (lo, hi), book in pairs])])
 
     def decode_clip(self, codes: Int[Tensor, "codebooks steps"]) -> Float[Tensor, "channels samples"]:
+        return self.synthesise(self.coefficients(codes))[None]
+
+    def coefficients(self, codes: Int[Tensor, "codebooks steps"]) -> Float64[Tensor, "steps coefficients"]:
+        """What codes stand for."""
         stages = self.config.envelope_codebooks
         levels = torch.stack([book[code] for book, code in zip(self.envelopes.double(), codes, strict=False)]).sum(0)
         shapes = torch.cat([book[code] for book, code in zip(self.shapes, codes[stages:], strict=True)], dim=1)
-        return self.synthesise(shapes.double() * self.gains(levels))[None]
+        return shapes.double() * self.gains(levels)
+
+    def stream(self) -> StreamDecoder:
+        """A stream that is half a step behind: a step's second half overlaps with the next one."""
+        return _LappedStream(self)
+
+    def codebook_tables(self) -> Codebooks:
+        """The loudness tables [card, bands], then the shapes' [card, coefficients of the pair of bands]."""
+        return Codebooks([*self.envelopes, *self.shapes], None)
+
+
+class _LappedStream(StreamDecoder):
+    """Holds the last frame's second half, which is windowed in another way if the clip ends there."""
+
+    def __init__(self, codec: LappedCodec) -> None:
+        super().__init__(codec)
+        self._codec = codec
+        self._second: Tensor | None = None
+
+    def _push(self, codes: Int[Tensor, "codebooks n"]) -> Float[Tensor, "channels m"]:
+        hop, slope = self._codec.hop_samples, self._codec.slope
+        if codes.shape[-1] == 0:
+            return slope.new_empty(1, 0).float()
+        rising, falling = (self._codec.coefficients(codes) @ self._codec.basis.T).split(hop, dim=1)
+        first = rising * slope
+        first[1:] += falling[:-1] * slope.flip(0)
+        if self._second is None:
+            # Ahead of a clip's first sample there is nothing, and up to it the alias.
+            first[0] = rising[0]
+            wave = first.flatten()[hop // 2 :]
+        else:
+            first[0] += self._second * slope.flip(0)
+            wave = first.flatten()
+        self._second = falling[-1].clone()
+        return wave.float()[None]
+
+    def _finish(self) -> Float[Tensor, "channels m"]:
+        hop = self._codec.hop_samples
+        return self._codec.slope.new_empty(1, 0).float() if self._second is None else self._second[: hop // 2].float()[None]
 
 
 def nearest(
