@@ -1,5 +1,7 @@
 """A run folder: what training leaves and generation reads. `config.yaml` says what was trained on what; safetensors files hold the weights.
 
+The published V-AURA checkpoint is made into one too (`released.py`).
+
 Knows YAML and the decoder's class. Knows no trainer, no dataset and no codec: what it records of them are plain values.
 """
 
@@ -36,6 +38,11 @@ class RunConfig:
     """The training job's configuration, resolved."""
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`tower` and `codec`: where the networks' weights are (`path`, relative to the run folder if copied into it; `sha256`)."""
+    released: bool = False
+    """Whether this is the published model. In its windows a token is always seen by 7 codec steps, though its codec has 441/64 in a token's time
+    (`codec_clock`); generation may then also take the published sliding window."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where the weights of a converted checkpoint came from: `file` and its `sha256`, `archive`, `epoch`, `step` and `val_loss` where known."""
 
     @property
     def codec_clock(self) -> CodecClock:
@@ -65,10 +72,13 @@ def write_config(folder: str | os.PathLike, config: RunConfig) -> None:
         },
         "data": config.data,
         "weights": config.weights,
+        "released": config.released,
+        "origin": config.origin,
         "train": config.train,
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = "# What was trained, on what, and how. Written by `soundshard train`; `soundshard generate run=THIS_FOLDER` reads it.\n"
+    writer = "weights" if config.released else "train"
+    text = f"# What was trained, on what, and how. Written by `soundshard {writer}`; `soundshard generate run=THIS_FOLDER` reads it.\n"
     temporary = Path(folder) / f".{CONFIG}.tmp"
     temporary.write_text(text + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
     os.replace(temporary, Path(folder) / CONFIG)
@@ -83,7 +93,9 @@ def read_config(folder: str | os.PathLike) -> RunConfig:
     if not isinstance(plain, dict) or plain.get("kind") != "vaura":
         raise ValueError(f"{path} does not describe a V-AURA run: expected `kind: vaura` in it")
     try:
-        return RunConfig(VauraConfig(**plain["model"]), plain["window_segments"], plain["data"], plain["train"], plain["weights"])
+        # Folders of earlier versions lack what has a default.
+        optional = {name: plain[name] for name in ("train", "weights", "released", "origin") if name in plain}
+        return RunConfig(VauraConfig(**plain["model"]), plain["window_segments"], plain["data"], **optional)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a run's configuration: {type(error).__name__}: {error}; was it edited?") from error
 

@@ -153,19 +153,16 @@ class Placeholder:
     items: list[Any]
 
     def __new__(cls, *arguments: object, **_named: object) -> "Placeholder":
-        if cls.is_function() and not REBUILDS.fullmatch(cls.named.rpartition(".")[2]):
-            raise RefusedError(f"(and calls) {cls.named}")
+        name = cls.named.rpartition(".")[2]
+        # A class begins with a capital. A function's name alone may be data, such as the choice of an activation.
+        if not name.lstrip("_")[:1].isupper() and cls.named not in HARMLESS and not REBUILDS.fullmatch(name):
+            raise RefusedError(cls.named)
         self = super().__new__(cls)
         self.arguments, self.state, self.items = arguments, None, []
         cls.skipped[cls.named] += 1
         return self
 
     def __init__(self, *_arguments: object, **_named: object) -> None: ...
-
-    @classmethod
-    def is_function(cls) -> bool:
-        """Whether this stands for a function, by its name: classes begin with a capital."""
-        return not cls.named.rpartition(".")[2].lstrip("_")[:1].isupper()
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -207,29 +204,32 @@ class RefusedError(ValueError):
     """What a pickle names that could load or run code."""
 
 
+_PATHS = ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")
+_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice", "str", "tuple")
 HARMLESS = {
-    "_codecs.encode",
-    "_operator.getitem",
-    "argparse.Namespace",
-    *(f"builtins.{name}" for name in "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple type".split()),
-    *(f"collections.{name}" for name in "ChainMap Counter OrderedDict UserDict defaultdict deque".split()),
-    *(f"copyreg.{name}" for name in "__newobj__ __newobj_ex__ _reconstructor".split()),
-    *(f"datetime.{name}" for name in "date datetime time timedelta timezone".split()),
-    "decimal.Decimal",
-    "fractions.Fraction",
-    "operator.getitem",
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in "Path PosixPath PurePath PurePosixPath WindowsPath".split()),
-    "types.GenericAlias",
-    "types.NoneType",
-    "types.SimpleNamespace",
-    *(f"typing.{name}" for name in "Any Callable Dict Iterable List Literal Mapping Optional Sequence Set Tuple Union".split()),
-    "uuid.UUID",
+    f"{module}.{name}"
+    for module, names in {
+        "_codecs": ("encode",),
+        "_operator": ("getitem",),
+        "argparse": ("Namespace",),
+        "builtins": (*_BUILTINS, "type"),
+        "collections": ("ChainMap", "Counter", "OrderedDict", "UserDict", "defaultdict", "deque"),
+        "copyreg": ("__newobj__", "__newobj_ex__", "_reconstructor"),
+        "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+        "decimal": ("Decimal",),
+        "fractions": ("Fraction",),
+        "operator": ("getitem",),
+        "pathlib": _PATHS,
+        "pathlib._local": _PATHS,
+        "types": ("GenericAlias", "NoneType", "SimpleNamespace"),
+        "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Literal", "Mapping", "Optional", "Sequence", "Set", "Tuple", "Union"),
+        "uuid": ("UUID",),
+    }.items()
+    for name in names
 }
 """All that a file may name of Python's own library: data types and what puts them together. Most of them become placeholders all the same."""
-REBUILDS = re.compile(r"_rebuild_\w+|_reconstruct|scalar|_frombuffer|dtype|device|__\w+_ctor|__pyx_unpickle_\w+|_unpickle_\w+|" + "|".join(
-    sorted({name.rpartition(".")[2] for name in HARMLESS})
-))
-"""The functions whose call is how torch, numpy and Python write data. Of other packages' functions a call is refused: a name may stand there as data."""
+REBUILDS = re.compile(r"_rebuild_\w+|_reconstruct|_unpickle_\w+|__pyx_unpickle_\w+|__\w+_ctor|_frombuffer|scalar|dtype|device")
+"""The functions by which torch, numpy and compiled packages put their data together. A call of any other function is refused."""
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -259,8 +259,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         named = f"{module}.{name}"
         if named in self._allowed:
             return self._allowed[named]
-        # `a.b` in a name would look up an attribute of what was imported: of a harmless module, that may be another one.
-        if module.partition(".")[0] in sys.stdlib_module_names | {"__main__"} and named not in HARMLESS:
+        if module.partition(".")[0] in sys.stdlib_module_names and named not in HARMLESS:
             raise RefusedError(named)
         self.skipped[named] += 0
         return type("Placeholder", (Placeholder,), {"named": named, "skipped": self.skipped})
@@ -365,7 +364,7 @@ def save_state(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().flatten()
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
             written(flat.nbytes)
 
 
@@ -393,9 +392,15 @@ class Artifact:
     sha256: str = ""
 
 
-SYNC_MODELS = "https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a/sync/sync_models"
+PUBLISHED = "https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a"
+SYNC_MODELS = f"{PUBLISHED}/sync/sync_models"
 ENCODEC = "https://dl.fbaipublicfiles.com/encodec/v0"
 KNOWN: dict[str, Artifact] = {
+    "vaura": Artifact(
+        f"{PUBLISHED}/v-aura_public/24-08-01T08-34-26.tar.gz",
+        "vaura-24-08-01T08-34-26.tar.gz",
+        "V-AURA, VGGSound: decoder, tower and codec; becomes a run folder",
+    ),
     "avclip": Artifact(
         f"{SYNC_MODELS}/23-12-22T16-10-50/checkpoints/epoch_best.pt",
         "avclip-vggsound.pt",
@@ -480,8 +485,8 @@ def fetch(name: str, *, url: str | None = None, retries: int = 3, progress: bool
         by_hand = f"or put the file at {path} by hand"
         _download(url, part, label=name, by_hand=by_hand, retries=retries, progress=progress)
         for algorithm in ("md5", "sha256"):
-            expected, found = getattr(artifact, algorithm), _digest(part, algorithm)
-            if not found.startswith(expected):
+            expected = getattr(artifact, algorithm)
+            if expected and not (found := _digest(part, algorithm)).startswith(expected):
                 part.unlink()
                 raise ValueError(f"{url}: {algorithm} is {found}, published is {expected}...; threw the bytes away: try again, {by_hand}")
         part.replace(path)
@@ -561,15 +566,24 @@ class WeightsConfig:
     """Names of the published weights to fetch, with commas between them; without any, the job lists what there is."""
     url: str | None = None
     """Another address for the same bytes (a mirror); with a single name only."""
+    file: str | None = None
+    """With get=vaura: the experiment as published that is here already, and not to be fetched: its .tar.gz, its folder, or a .ckpt of it."""
+    out: str | None = None
+    """With get=vaura: the run folder to make; `vaura` in the cache folder if it is not given."""
 
 
 def run(config: WeightsConfig) -> list[Path]:
-    """Fetch published weights into the cache ($SOUNDSHARD_CACHE or ~/.cache/soundshard), or list what is published and what is there."""
+    """Fetch published weights into the cache ($SOUNDSHARD_CACHE or ~/.cache/soundshard), or list what is published and what is there.
+
+    V-AURA's checkpoint is made into a run folder for `soundshard generate run=FOLDER`.
+    """
     names = [name.strip() for name in config.get.split(",") if name.strip()]
     if config.url and len(names) != 1:
         raise ValueError(f"url={config.url} is the address of one file; get= names {len(names)}")
+    if (config.file or config.out) and names != ["vaura"]:
+        raise ValueError("file= and out= are for the checkpoint that becomes a run folder: give them with get=vaura alone")
     try:
-        paths = [fetch(name, url=config.url) for name in names]
+        paths = [_vaura(config) if name == "vaura" else fetch(name, url=config.url) for name in names]
     except ConnectionError as error:
         raise JobError(str(error)) from error
     for path in paths:
@@ -579,6 +593,13 @@ def run(config: WeightsConfig) -> list[Path]:
             state = "cached" if (cache_dir() / artifact.file).is_file() else "not here"
             print(f"{name:20} {state:8}  {artifact.what}\n{'':30}{artifact.url}")
     return paths
+
+
+def _vaura(config: WeightsConfig) -> Path:
+    from model import released  # it reads files with this module, which knows no network
+
+    out = cache_dir() / released.FOLDER if config.out is None else storage.only_local(config.out, option="out")
+    return released.install(out, lambda: fetch("vaura", url=config.url) if config.file is None else released.local_source(config.file))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,23 +1,36 @@
+import argparse
+import datetime
+import enum
 import functools
 import hashlib
 import json
 import os
 import pickle
+import re
+import runpy
+import subprocess
 import threading
+import typing
+import uuid
 import zipfile
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import model.weights
 from model.synchformer_visual import VisualTower, VisualTowerConfig, load_tower, save_tower
-from model.weights import Artifact, WeightsConfig, fetch, load_state, load_strictly, main, resolve, run, save_state, sha256_file
+from model.weights import Artifact, WeightsConfig, fetch, load_state, load_strictly, main, read_checkpoint, resolve, run, save_state, sha256_file
 from tests.model.fill import fill_module
 
 TENSORS = {
@@ -84,21 +97,129 @@ class Hostile:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_hostile_file_runs_nothing(tmp_path: Path, protocol: int) -> None:
-    mark = tmp_path / "ran"
-    attacks = {
-        "system": Hostile(os.system, f"touch {mark}"),
-        "exec": Hostile(exec, f"open({str(mark)!r}, 'w')"),
-        "open": Hostile(open, str(mark), "w"),
-        "nested": Hostile(functools.partial(os.mkdir), f"{mark}_too"),
-        "getattr": Hostile(getattr, Hostile(__import__, "os"), "getcwd"),
-    }
-    torch.save({"state_dict": TENSORS, **attacks}, tmp_path / "w.pt", pickle_protocol=protocol)
-    tensors, _ = load_state(tmp_path / "w.pt")
-    assert_equal(tensors, TENSORS)
+@pytest.mark.parametrize(
+    ("attack", "named"),
+    [
+        (lambda mark: Hostile(os.system, f"touch {mark}"), "posix.system"),
+        (lambda mark: Hostile(exec, f"open({str(mark)!r}, 'w')"), "builtins.exec"),
+        (lambda mark: Hostile(eval, f"open({str(mark)!r}, 'w')"), "builtins.eval"),
+        (lambda mark: Hostile(open, str(mark), "w"), "io.open"),
+        (lambda mark: Hostile(functools.partial(os.mkdir, mark)), "functools.partial"),
+        (lambda mark: Hostile(subprocess.check_call, ["touch", str(mark)]), "subprocess.check_call"),
+        (lambda mark: Hostile(runpy.run_path, script(mark)), "runpy.run_path"),
+        (lambda mark: Hostile(np.save, mark, [1]), "numpy.save"),
+        (lambda mark: {"deep": [(1, {"er": Hostile(os.mkdir, str(mark))})]}, "posix.mkdir"),
+    ],
+)
+def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path: Path, attack: Callable[[Path], Any], named: str, protocol: int) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "w.pt"
+    torch.save({"state_dict": TENSORS, "x": attack(mark)}, path, pickle_protocol=protocol)
+    with pytest.raises(ValueError, match=rf"w\.pt: refused\. Its pickle names {re.escape(named)}, which loads or runs code"):
+        load_state(path)
+    assert not list(tmp_path.glob("ran*"))
+    torch.load(path, weights_only=False)
+    assert list(tmp_path.glob("ran*")), "the attack works on a reader that trusts the file"
+
+
+def script(mark: Path) -> str:
+    (mark.parent / "script.py").write_text(f"open({str(mark)!r}, 'w')")
+    return str(mark.parent / "script.py")
+
+
+def write_pickle(path: Path, program: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w/data.pkl", program)
+    return path
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"(Vtouch MARK\nios\nsystem\n.",  # INST
+        b"(cos\nsystem\nVtouch MARK\no.",  # OBJ
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0atouch MARK\x85R.",  # STACK_GLOBAL and REDUCE
+        b"ccollections\nOrderedDict\n)R}(V__setstate__\ncos\nsystem\nubVtouch MARK\nb.",  # BUILD of a state that is to be called
+        b"c__builtin__\neval\n(V__import__('os').system('touch MARK')\ntR.",  # a name of Python 2
+        b"c__builtin__\nreduce\n(cos\nsystem\n(Vtouch MARK\nltR.",
+        b"ccommands\ngetoutput\n(Vtouch MARK\ntR.",
+        b"cimportlib\nimport_module\n(Vscript\ntR.",
+        b"c_pickle\nloads\n(VMARK\ntR.",
+        b"ctorch.serialization\nload\n(Vinner.pt\ntR.",
+        b"ctorch.storage\n_load_from_bytes\n(VMARK\ntR.",
+        b"\x80\x04\x8c\x0bcollections\x8c\x0fabc.sys.modules\x93.",  # a way through a harmless module
+        b"\x80\x04\x8c\x07pathlib\x8c\x09os.system\x93\x8c\x0atouch MARK\x85R.",
+        b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93\x8c\x0atouch MARK\x85R.",
+        b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93\x8c\x0atouch MARK\x85\x81.",  # NEWOBJ
+    ],
+)
+def test_every_way_of_calling_is_refused(tmp_path: Path, program: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"refused\. Its pickle names"):
+        load_state(write_pickle(tmp_path / "w.pt", program))
     assert os.listdir(tmp_path) == ["w.pt"]
-    torch.load(tmp_path / "w.pt", weights_only=False)["open"].close()
-    assert mark.exists(), "the attack works on a reader that trusts the file"
+
+
+def test_what_is_not_run_is_kept_as_data_and_told(tmp_path: Path) -> None:
+    """What real checkpoints have inside: settings of several libraries, a live optimizer, numpy's numbers, names of functions that are not called."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.randn(3))])
+    root = {
+        "state_dict": TENSORS,
+        "optimizer": optimizer,
+        "settings": OmegaConf.create({"heads": 16, "rates": [1, 2], "typed": None}),
+        "namespace": argparse.Namespace(a=1),
+        "path": Path("x"),
+        "types": [typing.Any, typing.Optional[int], dict[str, int], int, type(None), torch.float32, torch.device("cpu"), torch.Size([3])],  # noqa: UP045
+        "numpy": [np.float64(3), np.arange(3), np.random.default_rng(0), np.dtype("f4")],
+        "containers": [
+            Counter("aab"),
+            defaultdict(list, {1: [2]}),
+            OrderedDict(a=1),
+            deque([1]),
+            {1},
+            frozenset([1]),
+            slice(1),
+            1j,
+            bytearray(b"x"),
+            b"y",
+        ],
+        "times": [datetime.datetime(2024, 8, 1), datetime.timedelta(3), Fraction(1, 3), Decimal("0.1"), uuid.uuid4()],
+        "functions": [torch.nn.functional.gelu, nn.GELU, np.save],
+        "enum": Colour.RED,
+    }
+    for protocol in (2, 4):
+        torch.save(root, tmp_path / "w.pt", pickle_protocol=protocol)
+        found = read_checkpoint(tmp_path / "w.pt")
+        assert found.skipped["torch.optim.adamw.AdamW"] == 1 and found.skipped["omegaconf.nodes.AnyNode"] == 4
+        assert found.skipped["pathlib.PosixPath"] == 1 and found.skipped["numpy._core.multiarray.scalar"] == 1
+        assert "omegaconf.nodes.AnyNode (4), " in found.skipped_text and "argparse.Namespace (1)" in found.skipped_text
+        assert found.skipped["torch._C._nn.gelu"] == 0 and "torch._C._nn.gelu," in found.skipped_text + ","
+        assert found.root["settings"].state["_content"]["heads"].state["_val"] == 16
+        assert found.root["path"].arguments == ("x",) and found.root["namespace"].state == {"a": 1}
+        assert_equal(load_state(tmp_path / "w.pt")[0], TENSORS)
+    torch.save(TENSORS, tmp_path / "w.pt")
+    assert read_checkpoint(tmp_path / "w.pt").skipped_text == ""
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def test_tensors_that_were_let_go_of_are_read_again(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "w.pt")
+    found = read_checkpoint(tmp_path / "w.pt")
+    for _ in range(2):
+        assert_equal(found.root, TENSORS)
+        found.release()
+
+
+def test_our_files_have_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
+    tensors = TENSORS | {"ä": torch.randn(3).double(), "i": torch.arange(3).int(), "j": torch.arange(3).to(torch.uint8)}
+    counts: list[int] = []
+    save_state(tmp_path / "w.safetensors", tensors, {"name": 'ö "quoted" / \\', "sizes": [1, 2]}, written=counts.append)
+    expected = {name: t.contiguous() for name, t in tensors.items()}
+    metadata = {"config": json.dumps({"name": 'ö "quoted" / \\', "sizes": [1, 2]}, sort_keys=True)}
+    assert (tmp_path / "w.safetensors").read_bytes() == safetensors.torch.save(expected, metadata=metadata)
+    assert sum(counts) == sum(t.nbytes for t in tensors.values())
 
 
 def test_a_file_cannot_change_the_functions_that_read_it(tmp_path: Path) -> None:
@@ -106,10 +227,8 @@ def test_a_file_cannot_change_the_functions_that_read_it(tmp_path: Path) -> None
     function = torch._utils._rebuild_tensor_v2  # pyright: ignore[reportAttributeAccessIssue] - private to torch
     before = function.__defaults__
     program = b"\x80\x02}(X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__(K\x01ts\x86bu."
-    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
-        archive.writestr("w/data.pkl", program)
     with pytest.raises(ValueError, match="no dict of tensors"):
-        load_state(tmp_path / "w.pt")
+        load_state(write_pickle(tmp_path / "w.pt", program))
     assert function.__defaults__ == before
     pickle.loads(program)
     assert function.__defaults__ == (1,), "the attack works on a reader that trusts the file"
