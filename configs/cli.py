@@ -13,6 +13,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "plan": ("pipeline.estimate", "rates and a cluster's description -> how long and how large a preparation will be"),
     "train": ("train.vaura", "feature shards -> a run folder with a V-AURA model"),
     "generate": ("pipeline.generate", "a run folder and videos -> the videos with generated sound"),
+    "app": ("pipeline.app", "a page in the browser on which a video gets new sound"),
     "inspect": ("shards.inspect", "what a dataset holds: counts, failures by reason, sizes, provenance; one sample"),
     "weights": ("model.weights", "fetch published weights into the cache"),
     "standin": ("pipeline.standin", "fit small stand-in networks from a media dataset, where published weights cannot be had"),
