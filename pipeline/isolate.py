@@ -4,6 +4,7 @@ A `Child` is another Python that imports what decoding needs (PyAV and numpy; no
 Requests and small results are pickles on a socket. Large arrays stay where the child put them, in memory that both processes map. When the last array
 on it is gone it is used again for a later result; it belongs to no file system, so that nothing is left behind when a process dies. Pictures are
 decoded straight into such memory (`pipeline.decode.decode_into`), so that isolating them costs no copy.
+`stream` does the same with what a generator yields, one item at a time and a couple ahead: a film passes through in bounded memory.
 
 The boundary is one of faults, not of trust: a decoder that an attacker has taken over could send a pickle of its choice.
 Knows no Ray; works in Ray's workers, because the child is executed, not forked. Linux only (memfd, RLIMIT_AS, PDEATHSIG).
@@ -30,7 +31,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate
@@ -62,8 +63,10 @@ STDERR_BYTES = 16384
 """What is kept of a child's last words."""
 WORDS_CHARACTERS = 600
 """What of them goes into a message."""
+AHEAD = 2
+"""Items of a stream that wait for their taker; the child makes no more before one of them is taken."""
 STOP_SECONDS = 10.0
-"""How long a killed process may take to end."""
+"""How long a killed process may take to end, and a stream that is closed early to come to its next item."""
 PR_SET_PDEATHSIG = 1
 SIGNALS = {number.value: number.name for number in signal.Signals}
 
@@ -92,13 +95,29 @@ def call(function: Callable[..., T], *arguments: Any, limits: Limits) -> T:
 
     They stay for later calls, whichever thread makes them: the threads that decode come and go faster than a child starts.
     """
+    with _lent_child(limits) as child:
+        return child.call(function, *arguments)
+
+
+def stream(function: Callable[..., Iterable[T]], *arguments: Any, limits: Limits) -> Generator[T]:
+    """The items of `function(*arguments)`, a generator that runs in one of this process's children. See `Child.stream`.
+
+    Closing it before its end, or letting go of it, ends the generator there too.
+    """
+    with _lent_child(limits) as child:
+        yield from child.stream(function, *arguments)
+
+
+@contextlib.contextmanager
+def _lent_child(limits: Limits) -> "Iterator[Child]":
+    """One of this process's children that nobody uses, or a new one."""
     try:
         child = _idle.pop()
     except IndexError:
         child = Child(limits)
     child.limits = limits
     try:
-        return child.call(function, *arguments)
+        yield child
     finally:
         _idle.append(child)
 
@@ -117,6 +136,8 @@ class Child:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._process: _Process | None = None
+        self._streams = False
+        self._was_fresh = False
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """`function(*arguments)`, computed in the child.
@@ -127,28 +148,84 @@ class Child:
         for what an earlier one did to the process, nor at once for a kill from outside: the call is repeated in a fresh process, so the function must
         not mind being called again. Raises RuntimeError if no process can be started.
         """
-        assert getattr(function, "__module__", "") != "__main__", "a child cannot import functions from the main module"
         for attempts_left in reversed(range(ATTEMPTS)):
-            if self._process is None or self._process.owner != os.getpid():
-                self._process = _Process()
-            fresh = self._process.calls == 0
-            try:
-                raised, value = self._process.ask(function, arguments, self.limits)
-            except _CallError as fault:
-                self.close()
-                if (fault.certain and (fresh or fault.reason == "timeout")) or not attempts_left:
-                    raise MediaError(fault.reason, fault.message) from None
-            except BaseException:  # an interrupt: the child is in the middle of something that nobody waits for
-                self.close()
-                raise
-            else:
-                if raised:
-                    raise value
-                return value
+            self._ask(function, arguments, streamed=False)
+            if answer := self._answer(attempts_left):
+                if answer.status == "raised":
+                    raise answer.value
+                return answer.value
         raise AssertionError
+
+    def stream(self, function: Callable[..., Iterable[T]], *arguments: Any) -> Generator[T]:
+        """The items of `function(*arguments)`, a generator computed in the child, as they are made; `AHEAD` of them wait for their taker.
+
+        As `call`, with these differences. The time limit is for each item, and no time passes while nobody asks for one. The memory limit is for what
+        the generator and the items on their way take; arrays that the caller still holds do not count. When a call would be repeated, so is the
+        generator, and the items that had been taken before are dropped: it must yield the same again. An array is the caller's once it is yielded:
+        the generator must not look at it afterwards. What it does or raises after the stream was closed is not heard of.
+        """
+        taken = 0
+        try:
+            for attempts_left in reversed(range(ATTEMPTS)):
+                self._ask(function, arguments, streamed=True)
+                made, self._streams = 0, True
+                while answer := self._answer(attempts_left):
+                    if answer.status != "item":
+                        self._streams = False
+                        if answer.status == "raised":
+                            raise answer.value
+                        return
+                    made += 1
+                    if made > taken:
+                        taken = made
+                        yield answer.value
+                    del answer  # its memory is free before the next is asked for
+                    assert self._process is not None
+                    self._process.take_turn()
+            raise AssertionError
+        finally:
+            self._end_stream()
+
+    def _ask(self, function: Callable, arguments: Sequence, *, streamed: bool) -> None:
+        assert getattr(function, "__module__", "") != "__main__", "a child cannot import functions from the main module"
+        assert not self._streams, "one stream or call at a time"
+        if self._process is None or self._process.owner != os.getpid():
+            self._process = _Process()
+        with self._closed_if_interrupted():
+            self._process.ask(function, arguments, self.limits, streamed=streamed)
+
+    def _answer(self, attempts_left: int) -> "_Answer | None":
+        """What the process answers; None if it is to be asked again, in a fresh one."""
+        assert self._process is not None
+        try:
+            with self._closed_if_interrupted():
+                return self._process.answer(self.limits.clip_seconds)
+        except _CallError as fault:
+            if (fault.certain and (self._was_fresh or fault.reason == "timeout")) or not attempts_left:
+                raise MediaError(fault.reason, fault.message) from None
+            return None
+
+    @contextlib.contextmanager
+    def _closed_if_interrupted(self) -> Iterator[None]:
+        """After a fault, or an interrupt, the child is in the middle of something that nobody waits for."""
+        assert self._process is not None
+        try:
+            yield
+        except BaseException:
+            self._was_fresh = self._process.fresh
+            self.close()
+            raise
+
+    def _end_stream(self) -> None:
+        """Have the child close a generator that has not ended; if it does not come to that in time, end the child."""
+        if self._streams and self._process is not None and self._process.owner == os.getpid() and self._process.stop.alive:
+            with contextlib.suppress(_CallError), self._closed_if_interrupted():
+                self._process.end_stream()
+        self._streams = False
 
     def close(self) -> None:
         """End the process, if there is one; the next call starts another."""
+        self._streams = False
         if self._process is not None:
             self._process.stop()
             self._process = None
@@ -170,6 +247,8 @@ class _Process:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.calls = 0
+        self.fresh = True
+        """Whether what it does now is the first that it does."""
         self._words = bytearray()
         self._shared: dict[int, mmap.mmap] = {}
         self._idle: deque[int] = deque()
@@ -192,28 +271,52 @@ class _Process:
             self.stop()
             raise RuntimeError(f"the process for native decoding did not start: it {ending}")
 
-    def ask(self, function: Callable, arguments: Sequence, limits: Limits) -> tuple[bool, Any]:
-        """Whether `function(*arguments)` raised, and its result or its exception. Raises _CallError if there is neither."""
-        kills, most = _oom_kills(), self._address_space("VmSize") + (limits.clip_memory_mb << 20)
+    def ask(self, function: Callable, arguments: Sequence, limits: Limits, *, streamed: bool) -> None:
+        """Have the child begin with `function(*arguments)`."""
+        self._limits, self._kills, self._size = limits, _oom_kills(), self._address_space("VmSize")
+        self._most = self._size + (limits.clip_memory_mb << 20)
         self._words.clear()
-        self.calls += 1
-        idle = [self._idle.popleft() for _ in range(len(self._idle))]
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; the wait will tell how
-            _send(self._socket, pickle.dumps((function, arguments, most + HEADROOM_BYTES, idle), 5))
+        self.fresh, self.calls = self.calls == 0, self.calls + 1
+        self._tell(_Request(function, arguments, self._most + HEADROOM_BYTES, self._no_longer_used(), streamed))
+
+    def answer(self, seconds: float) -> "_Answer":
+        """The child's next answer. Raises _CallError if it gives none in that time."""
         try:
-            message = self._wait(limits.clip_seconds, most)
+            message = self._wait(seconds, self._most)
             if message is None:
-                raise self._death(kills)
+                raise self._death(self._kills)
             reply: _Reply = pickle.loads(message[0])
             if reply.status == "memory":
                 raise MemoryError
         except TimeoutError:
-            raise _CallError("timeout", f"not done after clip_seconds={limits.clip_seconds:g}") from None
+            raise _CallError("timeout", f"not done after clip_seconds={seconds:g}") from None
         except MemoryError:
-            raise _CallError("out_of_memory", f"needs more than clip_memory_mb={limits.clip_memory_mb}") from None
+            raise _CallError("out_of_memory", f"needs more than clip_memory_mb={self._limits.clip_memory_mb}") from None
         for number in reply.forgotten:
             self._shared.pop(number, None)
-        return reply.status == "raised", pickle.loads(reply.stream, buffers=[self._buffer(place, message[1]) for place in reply.places])
+        return _Answer(reply.status, pickle.loads(reply.stream, buffers=[self._buffer(place, message[1]) for place in reply.places]))
+
+    def take_turn(self) -> None:
+        """Tell the child that an item was taken, and what of its memory may be used again."""
+        idle = self._no_longer_used()
+        held = sum(len(memory) for number, memory in self._shared.items() if number not in idle)
+        # Never less than before: what is compared with it is the most that the child ever had.
+        self._most = max(self._most, self._size + (self._limits.clip_memory_mb << 20) + held)
+        self._tell(_Turn(self._most + HEADROOM_BYTES, idle, stop=False))
+
+    def end_stream(self) -> None:
+        """Have the child close its generator, and take what is still on its way."""
+        self._tell(_Turn(self._most + HEADROOM_BYTES, [], stop=True))
+        while self.answer(STOP_SECONDS).status == "item":
+            pass
+
+    def _tell(self, message: "_Request | _Turn") -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died; the wait for its answer will tell how
+            _send(self._socket, pickle.dumps(message, 5))
+
+    def _no_longer_used(self) -> list[int]:
+        """Shared memory whose last array is gone."""
+        return [self._idle.popleft() for _ in range(len(self._idle))]
 
     def _buffer(self, place: "_Place | bytearray", files: deque[int]) -> np.ndarray | bytearray:
         """An array's bytes, where the child put them."""
@@ -379,8 +482,33 @@ class _Place(NamedTuple):
     new: bool
 
 
+class _Request(NamedTuple):
+    """What the child is asked: a function and its arguments, within a limit, and shared memory that it may use again."""
+
+    function: Callable
+    arguments: Sequence
+    most_bytes: int
+    idle: list[int]
+    streamed: bool
+
+
+class _Turn(NamedTuple):
+    """While a stream lasts: an item was taken, or it is to stop. It may come too late: then only the memory matters."""
+
+    most_bytes: int
+    idle: list[int]
+    stop: bool
+
+
+class _Answer(NamedTuple):
+    """A reply as the parent sees it."""
+
+    status: str
+    value: Any
+
+
 class _Reply(NamedTuple):
-    """What the child answers: a status (`value`, `raised` or `memory`), a pickle, its arrays' places, and shared memory that it has let go."""
+    """What the child answers: a status (`item`, `value`, `raised`, `memory`), a pickle, its arrays' places, and shared memory that it has let go."""
 
     status: str
     stream: bytes
@@ -467,6 +595,11 @@ class _Slabs:
         file, slab.file = slab.file, None
         return _Place(slab.number, slab.capacity, source.nbytes, file is not None), file
 
+    def take_forgotten(self) -> list[int]:
+        """What was let go since the parent was last told."""
+        forgotten, self.forgotten = self.forgotten, []
+        return forgotten
+
     def take_back(self, numbers: Sequence[int]) -> None:
         """The parent has no more arrays on these. Of what is free then, the last used is kept."""
         unsent = list(self._made.values())
@@ -475,7 +608,7 @@ class _Slabs:
         self._free = [self._lent.pop(number) for number in reversed(numbers)] + [slab for slab in unsent if slab not in in_use] + self._free
         kept = sum(size <= SPARE_BYTES for size in accumulate(slab.capacity for slab in self._free))
         forgotten, self._free = in_use + self._free[kept:], self._free[:kept]
-        self.forgotten = [slab.number for slab in forgotten]
+        self.forgotten += [slab.number for slab in forgotten]
         for slab in forgotten:
             if slab.file is not None:
                 os.close(slab.file)
@@ -501,11 +634,12 @@ def serve() -> None:
     decode_into(slabs.empty)
     _send(connection, b"ready")
     while message := _receive(connection):
-        reply, files = _answer(message[0], slabs)
-        _send(connection, pickle.dumps(reply, 5), files)
-        for file in files:
-            os.close(file)
-        del message, reply
+        for reply, files in _answers(message[0], slabs, connection):
+            _send(connection, pickle.dumps(reply, 5), files)
+            for file in files:
+                os.close(file)
+            del reply
+        del message
 
 
 def _tie_to(parent: int) -> None:
@@ -522,28 +656,65 @@ def _tie_to(parent: int) -> None:
     faulthandler.enable()
 
 
-def _answer(request: bytes, slabs: _Slabs) -> tuple[_Reply, list[int]]:
-    """Do what is asked, within the limit; the reply, and descriptors of new shared memory."""
+def _answers(request: bytes, slabs: _Slabs, connection: socket.socket) -> Iterator[tuple[_Reply, list[int]]]:
+    """Do what is asked, within the limit; the replies, and descriptors of new shared memory. None to a turn that comes after its stream's end."""
     try:
-        function, arguments, most_bytes, idle = pickle.loads(request)
-        slabs.take_back(idle)
-        with _memory_limit(most_bytes):
-            return _reply("value", function(*arguments), slabs)
+        asked: _Request | _Turn = pickle.loads(request)
+        slabs.take_back(asked.idle)
+        if isinstance(asked, _Turn):
+            return
+        with _memory_limit(asked.most_bytes):
+            if asked.streamed:
+                yield from _item_replies(asked.function(*asked.arguments), slabs, connection)
+                last = _reply("value", None, slabs)
+            else:
+                last = _reply("value", asked.function(*asked.arguments), slabs)
     except BaseException as error:  # whatever it is, it is raised again in the parent
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return _Reply("memory", b"", [], slabs.forgotten), []
-        return _Reply("raised", _pickled(error), [], slabs.forgotten), []
+            last = _Reply("memory", b"", [], slabs.take_forgotten()), []
+        else:
+            last = _Reply("raised", _pickled(error), [], slabs.take_forgotten()), []
+    yield last
+
+
+def _item_replies(iterable: Iterable, slabs: _Slabs, connection: socket.socket) -> Iterator[tuple[_Reply, list[int]]]:
+    """A reply for each item, until the stream ends or is stopped. Before the next is made, the parent has taken all but `AHEAD`."""
+    heard = select.poll()
+    heard.register(connection, select.POLLIN)
+    items, waiting = iter(iterable), 0
+    for item in items:
+        reply = _reply("item", item, slabs)
+        del item
+        yield reply
+        waiting += 1
+        while waiting > AHEAD or heard.poll(0):
+            message = _receive(connection)
+            if message is None:
+                sys.exit("the parent has gone")
+            turn: _Turn = pickle.loads(message[0])
+            slabs.take_back(turn.idle)
+            if turn.stop:
+                if isinstance(items, Generator):
+                    items.close()
+                return
+            _set_memory_limit(turn.most_bytes)
+            waiting -= 1
 
 
 @contextlib.contextmanager
 def _memory_limit(most_bytes: int) -> Iterator[None]:
     """At most so much address space."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (most_bytes if hard == resource.RLIM_INFINITY else min(most_bytes, hard), hard))
+    _set_memory_limit(most_bytes)
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
+def _set_memory_limit(most_bytes: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes if hard == resource.RLIM_INFINITY else min(most_bytes, hard), hard))
 
 
 def _reply(status: str, value: Any, slabs: _Slabs) -> tuple[_Reply, list[int]]:
@@ -560,7 +731,7 @@ def _reply(status: str, value: Any, slabs: _Slabs) -> tuple[_Reply, list[int]]:
             place, file = slabs.place(raw)
             places.append(place)
             files += [] if file is None else [file]
-    return _Reply(status, stream, places, slabs.forgotten), files
+    return _Reply(status, stream, places, slabs.take_forgotten()), files
 
 
 def _pickled(error: BaseException) -> bytes:

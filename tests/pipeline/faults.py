@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +183,62 @@ def fail_with_pictures() -> None:
 
 def many_arrays(count: int, size: int) -> list[np.ndarray]:
     return [np.full(size, n % 251, np.uint8) for n in range(count)]
+
+
+def counted(path: Path, count: int) -> Iterator[int]:
+    """Numbers; the file says how many were asked for, and how it ended."""
+    try:
+        for n in range(count):
+            write(path, str(n + 1))
+            yield n
+    finally:
+        write(path, path.read_text() + " closed")
+
+
+def piece(n: int, size: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 256, (1, size + n, 5, 3), dtype=np.uint8)
+
+
+def pieces(count: int, size: int, then: str = "") -> Iterator[np.ndarray]:
+    """Arrays of noise, half of them made where they are sent from; afterwards a fault or a long time."""
+    for n in range(count):
+        array = empty_pictures(1, size + n, 5) if n % 2 else np.empty((1, size + n, 5, 3), np.uint8)
+        array[:] = piece(n, size)
+        yield array
+        del array
+    match then:
+        case "raise":
+            raise MediaError("undecodable", "the rest of it")
+        case "die":
+            os._exit(3)
+        case "sleep":
+            time.sleep(60)
+        case "memory":
+            allocate(4000)
+
+
+def fragile(path: Path, count: int) -> Iterator[int]:
+    """Numbers, with a death after the third the first time."""
+    for n in range(count):
+        if n == 3 and not path.exists():
+            write(path, "died")
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield n
+
+
+def growing(count: int, mb: int) -> Iterator[int]:
+    """Keeps more memory with each number."""
+    kept = []
+    for n in range(count):
+        kept.append(np.empty(mb << 20, np.uint8))
+        yield n
+
+
+def deaf(seconds: float) -> Iterator[int]:
+    """Does not come to its second item in time."""
+    yield os.getpid()
+    time.sleep(seconds)
+    yield 0
 
 
 def echo(*values: object) -> object:

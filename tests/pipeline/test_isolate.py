@@ -22,7 +22,7 @@ import ray
 
 from pipeline import isolate
 from pipeline.isolate import Child, Limits, call, last_words
-from pipeline.media import EncodeConfig, MediaError, decode, reencode
+from pipeline.media import EncodeConfig, MediaError, decode, picture_pieces, reencode
 from tests.pipeline import faults
 from tests.pipeline.clips import make_clip
 
@@ -332,6 +332,109 @@ def test_last_words() -> None:
     assert last_words("a\n\n  b at 0xDEAD01 \n") == "a | b at 0x.."
     assert last_words("\n".join(map(str, range(9)))) == "4 | 5 | 6 | 7 | 8"
     assert len(last_words("x" * 5000)) == isolate.WORDS_CHARACTERS
+
+
+# Streams
+
+
+def test_a_stream_gives_what_the_generator_does(child: Child, clip: Path) -> None:
+    whole = decode(clip).frames
+    pieces = list(child.stream(partial(picture_pieces, piece_frames=7), clip.read_bytes()))
+    assert [len(piece) for piece in pieces] == [7] * 7 + [1] and np.array_equal(np.concatenate(pieces), whole)
+    assert [piece.tolist() for piece in child.stream(faults.pieces, 5, 3)] == [faults.piece(n, 3).tolist() for n in range(5)]
+    assert list(child.stream(faults.many_arrays, 0, 1)) == [] and list(child.stream(range, 300)) == list(range(300))
+    assert child._process is not None and child._process.calls == 4
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_memory_of_a_stream_is_used_again_when_nobody_looks_at_it(child: Child, hold: bool) -> None:
+    held, size = [], isolate.SHARED_BYTES // 15 + 1
+    for n, array in enumerate(child.stream(faults.pieces, 23, size)):
+        assert np.array_equal(array, faults.piece(n, size))
+        held += [array] if hold else []
+    assert all(np.array_equal(array, faults.piece(n, size)) for n, array in enumerate(held))
+    assert child._process is not None
+    del array
+    assert len(child._process._shared) == 23 if hold else len(child._process._shared) <= 2 * (isolate.AHEAD + 2)
+    del held
+    descriptors = child.call(faults.about_me).descriptors
+    for _ in range(3):
+        next(child.stream(faults.pieces, 9, size))
+        gc.collect()
+    assert child.call(faults.about_me).descriptors <= descriptors + 2
+    assert sum(len(memory) for memory in child._process._shared.values()) <= isolate.SPARE_BYTES
+
+
+def test_a_stream_waits_for_its_taker(child: Child, tmp_path: Path) -> None:
+    items = child.stream(faults.counted, tmp_path / "made", 50)
+    for n in range(7):
+        assert next(items) == n
+    time.sleep(0.3)
+    assert 7 <= int((tmp_path / "made").read_text()) <= 7 + isolate.AHEAD
+    assert child._process is not None
+    pid = child._process._popen.pid
+    items.close()
+    assert (tmp_path / "made").read_text().endswith(" closed")
+    assert child.call(os.getpid) == pid, "the process goes on"
+
+
+def test_a_stream_that_is_let_go_of_ends(tmp_path: Path) -> None:
+    idle = len(isolate._idle)
+    items = isolate.stream(faults.counted, tmp_path / "made", 50, limits=LIMITS)
+    assert next(items) == 0 and len(isolate._idle) == max(0, idle - 1)
+    del items
+    assert (tmp_path / "made").read_text().endswith(" closed") and len(isolate._idle) == max(1, idle)
+    never = isolate.stream(faults.counted, tmp_path / "never", 50, limits=LIMITS)
+    never.close()
+    assert not (tmp_path / "never").exists() and len(isolate._idle) == max(1, idle)
+
+
+@pytest.mark.parametrize(
+    ("then", "reason", "message"),
+    [
+        ("raise", "undecodable", "the rest of it"),
+        ("die", "crashed", "status 3"),
+        ("sleep", "timeout", "clip_seconds=0.9"),
+        ("memory", "out_of_memory", "1024"),
+    ],
+)
+def test_a_fault_comes_after_the_items_before_it(then: str, reason: str, message: str) -> None:
+    child, got = Child(Limits(clip_seconds=0.9, clip_memory_mb=1024)), []
+    for before in range(2):  # in a fresh process, and in one that has worked before
+        with pytest.raises(MediaError, match=message) as error:
+            got.extend(child.stream(faults.pieces, 4, 11, then))  # one by one: what came before the fault stays
+        assert error.value.reason == reason and len(got) == 4 * (before + 1)
+        assert child.call(faults.echo, 5) == 5
+    child.close()
+
+
+def test_time_is_counted_only_while_somebody_waits() -> None:
+    child = Child(QUICK)
+    assert [time.sleep(0.25) or n for n in child.stream(range, 5)] == list(range(5))
+    child.close()
+
+
+def test_a_stream_that_was_killed_from_outside_goes_on(child: Child, tmp_path: Path) -> None:
+    assert list(child.stream(faults.fragile, tmp_path / "died", 9)) == list(range(9))
+    assert (tmp_path / "died").exists()
+
+
+def test_memory_of_a_stream_is_limited_as_a_whole() -> None:
+    child = Child(Limits(clip_memory_mb=200))
+    with pytest.raises(MediaError, match="out_of_memory"):
+        list(child.stream(faults.growing, 40, 30))
+    held = list(child.stream(faults.pieces, 40, 700_000))  # 400 MiB, but the taker's
+    assert len(held) == 40
+    child.close()
+
+
+def test_a_stream_that_does_not_hear_is_ended(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolate, "STOP_SECONDS", 0.3)
+    items = child.stream(faults.deaf, 60)
+    pid = next(items)
+    time.sleep(0.3)  # it has begun with the next
+    items.close()
+    assert gone(pid, 2.0) and child.call(os.getpid) != pid
 
 
 # Threads, processes and their ends
