@@ -1,58 +1,28 @@
-"""Sampling from the decoder: one sequence step at a time, through a key-value cache, with classifier-free guidance, over videos of any length.
+"""Generation: a window at once, or videos of any length by windows that move on, as a whole or as a stream of pieces in and pieces out.
 
-Knows the decoder and tensors. Knows no codec and no files: what comes out are codes, and what they sound like is the codec's business.
+Knows the decoder's engine and the schedule of windows. Knows no codec and no files: what comes out are codes, and what they sound like is the
+codec's business.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from configs.clock import SEGMENT_TOKENS
 from model.delay import delay, undelay
-from model.vaura import Block, KeyValueCache, Vaura, rms_norm, rotary, rotate
+from model.engine import UNKNOWN, Engine, EngineOptions, check_length
+from model.sampling import Chance, Sampling, choose
+from model.schedule import Window, WindowPlan, windows
+from model.vaura import Vaura, VauraConfig
 
-UNKNOWN = -1
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn. The defaults are the published ones."""
-
-    temperature: float = 1.0
-    """Divides the logits: below 1 is safer, above 1 more varied."""
-    top_k: int = 128
-    """Draw among this many most likely codes (and those as likely as the last of them); 0 for no such limit."""
-    top_p: float = 0.0
-    """Draw among the most likely codes that together have this probability; takes the place of top_k where it is above 0."""
-    guidance: float = 6.0
-    """Classifier-free guidance: how far to go from the prediction without the video towards (1) and past (above 1) the one with it."""
-    greedy: bool = False
-    """Take the most likely code in place of drawing one."""
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: expected above 0; greedy=true takes the most likely code")
-        if self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_k={self.top_k}, top_p={self.top_p}: expected top_k of 0 or more, and top_p between 0 and 1")
-        if self.guidance < 1:
-            raise ValueError(f"guidance={self.guidance}: expected 1 (the model's own prediction) or more")
-
-
-@dataclass(frozen=True)
-class Window:
-    """One pass of the decoder over a part of a long video. `steps.start` is where its tokens begin; the codes that exist by then are its prompt."""
-
-    tokens: range
-    steps: range
+__all__ = ["RecomputedLogits", "Sampling", "generate", "generate_windows", "stream_windows"]
 
 
 def generate(
-    model: Vaura,
+    model: Vaura | Engine,
     features: Float[Tensor, "b tokens c"],
     *,
     steps: int,
@@ -66,76 +36,159 @@ def generate(
     With `seeds`, one per sample, a sample's codes do not depend on its neighbours in the batch; without, they come from torch's global generator.
     `cache=False` computes the whole sequence again for every step: slow, and the same.
     """
-    generators = _generators(seeds, len(features))
-    with torch.inference_mode():
-        codes = _generate(model, features, steps, sampling, prompt, generators, cache)
-    return codes.clone()
+    maker = _Maker(model, sampling, Chance(seeds, len(features)), cache)
+    *_, codes = maker.make(features, steps, prompt, piece_steps=0)
+    return codes
 
 
 def generate_windows(
-    model: Vaura,
+    model: Vaura | Engine,
     features: Float[Tensor, "b tokens c"],
     *,
     sampling: Sampling,
+    clock: Fraction | None = None,
     window_segments: int | None = None,
     stride_segments: int = 1,
     schedule: Sequence[Window] | None = None,
+    prompt: Int[Tensor, "b q p"] | None = None,
     seeds: Sequence[int] | None = None,
     cache: bool = True,
 ) -> Int[Tensor, "b q steps"]:
     """Codes for videos of any length, by a window that moves on by `stride_segments` and takes the codes already there as its prompt.
 
-    `window_segments` is the training window where not given. `schedule` says the windows themselves, for a published model's own arithmetic.
+    See `stream_windows`, which gives the same in pieces. `schedule` says the windows themselves, as a published model's own arithmetic has them.
     """
     if schedule is None:
-        length = model.config.window_tokens if window_segments is None else window_segments * SEGMENT_TOKENS
-        schedule = windows(model, features.shape[1], window_tokens=length, stride_tokens=stride_segments * SEGMENT_TOKENS)
-    generators = _generators(seeds, len(features))
-    codes = torch.empty(len(features), model.config.codebooks, 0, dtype=torch.long, device=features.device)
-    with torch.inference_mode():
-        for window in schedule:
-            prompt, seen = codes[..., window.steps.start :], features[:, window.tokens.start : window.tokens.stop]
-            new = _generate(model, seen, len(window.steps), sampling, prompt, generators, cache)
-            codes = torch.cat([codes[..., : window.steps.start], new], dim=-1)
-    return codes.clone()
+        plan = _plan(model.config, clock, window_segments, stride_segments)
+        schedule = windows(features.shape[1], plan.clock, window_tokens=plan.window_tokens, stride_tokens=plan.stride_tokens)
+    track = _Track(_Maker(model, sampling, Chance(seeds, len(features)), cache), prompt)
+    with_prompt: list[Tensor] = []
+    for window in schedule:
+        with_prompt += track.window(window, features[:, list(window.tokens)], piece_steps=0)
+    track.check_finished(schedule[-1].steps.stop)
+    return torch.cat(with_prompt, dim=-1)
 
 
-def windows(model: Vaura, tokens: int, *, window_tokens: int, stride_tokens: int) -> list[Window]:
-    """The windows over a video of `tokens` tokens, on the model's exact clock.
+def stream_windows(
+    model: Vaura | Engine,
+    features: Iterable[Float[Tensor, "b tokens c"]],
+    *,
+    sampling: Sampling,
+    clock: Fraction | None = None,
+    window_segments: int | None = None,
+    stride_segments: int = 1,
+    prompt: Int[Tensor, "b q p"] | None = None,
+    seeds: Sequence[int] | None = None,
+    piece_steps: int = 0,
+) -> Iterator[Int[Tensor, "b q n"]]:
+    """Codes for a video that arrives in pieces of any number of tokens, as soon as they are final: after every window, or every `piece_steps` steps.
 
-    The last one ends with the video and is as long as the others, as in training; only a video shorter than a window has a short one.
+    The pieces end to end are `generate_windows` of the whole, and begin with `prompt` word for word. `clock` is codec steps per video token (the
+    model's own where not given) and says where windows lie in the sound; inside a window the model aligns as it was trained. `window_segments` is the
+    training window where not given. A window is made when it is known not to be the last one: once a token after it is there.
+    No more is kept than a window needs.
     """
-    if not 0 < stride_tokens <= window_tokens:
-        raise ValueError(f"a stride of {stride_tokens} video tokens and a window of {window_tokens}: expected a stride between 1 and the window")
-    last = max(0, tokens - window_tokens)
-    starts = [*range(0, last, stride_tokens), last]
-    spans = [range(start, min(start + window_tokens, tokens)) for start in starts]
-    return [Window(span, range(model.config.steps_at(span.start), model.config.steps_at(span.stop))) for span in spans]
+    if piece_steps < 0:
+        raise ValueError(f"piece_steps={piece_steps}: expected 0 (a piece per window) or more")
+    plan = _plan(model.config, clock, window_segments, stride_segments)
+    return _stream(model, features, plan, sampling, prompt, seeds, piece_steps)
 
 
-def probabilities(logits: Float[Tensor, "*batch card"], sampling: Sampling) -> Float[Tensor, "*batch card"]:
-    """The distribution that codes are drawn from: temperature, then top-p or top-k, in fp32."""
-    chances = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    if sampling.top_p > 0:
-        ordered, order = chances.sort(dim=-1, descending=True)
-        # A code stays if those before it have not reached top_p, so the first always does.
-        ordered = torch.where(ordered.cumsum(-1) - ordered > sampling.top_p, 0, ordered)
-        chances = torch.zeros_like(chances).scatter(-1, order, ordered)
-    elif 0 < sampling.top_k < logits.shape[-1]:
-        least = chances.topk(sampling.top_k, dim=-1).values[..., -1:]
-        chances = torch.where(chances < least, 0, chances)
-    else:
-        return chances
-    return chances / chances.sum(-1, keepdim=True)
+def _stream(
+    model: Vaura | Engine,
+    features: Iterable[Tensor],
+    plan: WindowPlan,
+    sampling: Sampling,
+    prompt: Tensor | None,
+    seeds: Sequence[int] | None,
+    piece_steps: int,
+) -> Iterator[Tensor]:
+    track, stock, first = None, None, 0
+    for piece in features:
+        stock = piece if stock is None else torch.cat([stock, piece], dim=1)
+        track = track or _Track(_Maker(model, sampling, Chance(seeds, len(stock)), cache=True), prompt)
+        for window in plan.ready(first + stock.shape[1]):
+            yield from track.window(window, stock[:, window.tokens[0] - first : window.tokens[-1] + 1 - first], piece_steps)
+            track.forget(plan.needed_step)
+        stock, first = stock[:, plan.needed - first :], plan.needed
+    if track is None or stock is None or first + stock.shape[1] == 0:
+        raise ValueError("no video tokens came; expected one or more")
+    for window in plan.last(first + stock.shape[1]):
+        yield from track.window(window, stock[:, window.tokens[0] - first : window.tokens[-1] + 1 - first], piece_steps)
+        track.check_finished(window.steps.stop)
 
 
-def draw(chances: Float[Tensor, "*batch card"], uniform: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """The code whose share of [0, 1) a uniform number falls in."""
-    upto = chances.cumsum(-1)
-    total = upto[..., -1:]
-    # Rounding must not carry the number to the very end, past which there is no code.
-    level = torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(upto, level, right=True)[..., 0]
+def _plan(config: VauraConfig, clock: Fraction | None, window_segments: int | None, stride_segments: int) -> WindowPlan:
+    length = config.window_tokens if window_segments is None else window_segments * SEGMENT_TOKENS
+    return WindowPlan(config.token_clock if clock is None else clock, window_tokens=length, stride_tokens=stride_segments * SEGMENT_TOKENS)
+
+
+class _Maker:
+    """Makes windows, by the engine or by the slow definition."""
+
+    def __init__(self, model: Vaura | Engine, sampling: Sampling, chance: Chance, cache: bool) -> None:
+        if not cache and isinstance(model, Engine):
+            raise ValueError("cache=False recomputes with the model itself; give the Vaura, not an Engine")
+        self.model: Vaura | Engine = ready(model) if cache else model
+        self.config, self.sampling, self.chance = model.config, sampling, chance
+
+    def make(self, features: Tensor, steps: int, prompt: Tensor | None, piece_steps: int) -> Iterator[Tensor]:
+        """The final codes of a window so far, again and again until they are all; they begin with the prompt."""
+        # A window that cannot be made must not use up chance.
+        check_length(self.config.codebooks, self.config.max_steps, steps, prompt)
+        uniform = self.chance.draw(self.config.codebooks, steps + self.config.codebooks)
+        if isinstance(self.model, Vaura):
+            yield _recomputed(self.model, features, steps, self.sampling, prompt, uniform).clone()
+            return
+        run = self.model.begin(features, steps=steps, sampling=self.sampling, uniform=uniform, prompt=prompt)
+        try:
+            while not run.done:
+                run.advance(piece_steps or steps + self.config.codebooks)
+                yield run.codes()
+        finally:
+            run.close()
+
+
+class _Track:
+    """The codes of a long video so far, of which the next window's prompt is taken."""
+
+    def __init__(self, maker: _Maker, prompt: Tensor | None) -> None:
+        self.maker = maker
+        self.codes = prompt
+        self.start = 0
+        self.handed_out = 0
+
+    @property
+    def stop(self) -> int:
+        """The step after the last that is there."""
+        return self.start + (0 if self.codes is None else self.codes.shape[-1])
+
+    def window(self, window: Window, seen: Tensor, piece_steps: int) -> Iterator[Tensor]:
+        """Codes that have become final and were not handed out."""
+        if window.steps.stop <= self.stop:
+            return  # Nothing of it is new.
+        if not self.start <= window.steps.start <= self.stop:
+            raise ValueError(
+                f"a window begins at step {window.steps.start}, with codes for steps {self.start} to {self.stop}: expected it among them"
+            )
+        before = window.steps.start - self.start
+        kept = None if self.codes is None else self.codes[..., :before]
+        prompt = None if self.codes is None or self.stop == window.steps.start else self.codes[..., before:]
+        for codes in self.maker.make(seen, len(window.steps), prompt, piece_steps):
+            self.codes = codes if kept is None else torch.cat([kept.to(codes), codes], dim=-1)
+            if self.stop > self.handed_out:
+                new, self.handed_out = self.codes[..., self.handed_out - self.start :], self.stop
+                yield new.clone()
+
+    def forget(self, step: int) -> None:
+        """Let go of codes before a step; no later window begins there."""
+        if self.codes is not None and self.start < step <= self.handed_out:
+            self.codes, self.start = self.codes[..., step - self.start :].clone(), step
+
+    def check_finished(self, steps: int) -> None:
+        """Refuse a prompt that left nothing to make."""
+        if self.handed_out < steps:
+            raise ValueError(f"a prompt of {self.stop} steps for a video of {steps}: expected a prompt shorter than what is made")
 
 
 class RecomputedLogits:
@@ -149,115 +202,29 @@ class RecomputedLogits:
         return self.model(sequence[..., :length], self.features)[:, -1]
 
 
-class BlockWeights(NamedTuple):
-    """One block's weights, out of their modules."""
-
-    attention_norm: Tensor
-    wqkv: Tensor
-    wo: Tensor
-    ffn_norm: Tensor
-    w1: Tensor
-    w3: Tensor
-    w2: Tensor
-
-    @classmethod
-    def of(cls, block: Block) -> "BlockWeights":
-        """The weights of a block."""
-        attention, feed_forward = block.attention, block.feed_forward
-        mixing = block.attention_norm.weight, attention.wqkv.weight, attention.wo.weight
-        return cls(*mixing, block.ffn_norm.weight, feed_forward.w1.weight, feed_forward.w3.weight, feed_forward.w2.weight)
+def ready(model: Vaura | Engine) -> Engine:
+    """The engine itself, or one for this call: without graphs, and under autocast in its precision."""
+    if isinstance(model, Engine):
+        return model
+    kind = model.norm.weight.device.type
+    return Engine(model, EngineOptions(graph="off"), dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
 
-class CachedLogits:
-    """The same logits from the new steps alone, for a sequence that only grows."""
-
-    def __init__(self, model: Vaura, features: Float[Tensor, "b tokens c"], positions: int) -> None:
-        config = model.config
-        self.model = model
-        self.visual = model.align(features, positions)
-        self.codes = model.stacked_codes()
-        self.rope = rotary(positions, config.width // config.heads, features.device)
-        self.layers = cast(list[Block], list(model.layers))
-        self.weights = [BlockWeights.of(layer) for layer in self.layers]
-        shape = len(features), config.heads, positions, config.width // config.heads
-        self.caches = [KeyValueCache(*shape, dtype=self.visual.dtype, device=features.device) for _ in self.layers]
-
-    def __call__(self, sequence: Int[Tensor, "b q s"], length: int) -> Float[Tensor, "b q card"]:
-        """Scores of the codes at sequence step `length`, given those before it."""
-        new = slice(self.caches[0].length, length)
-        x = self.model.combine(self.visual[:, new], self.codes.embed(sequence[..., new]))
-        if x.shape[1] == 1:
-            last = self._step(x[:, 0], self.rope[:, new])
-        else:
-            rope = self.rope[:, new]
-            for layer, cache in zip(self.layers, self.caches, strict=True):
-                x = layer(x, rope, cache)
-            last = x[:, -1]
-        return self.codes.logits(self.model.norm(last[:, None]))[:, 0]
-
-    def _step(self, x: Tensor, rope: Tensor) -> Tensor:
-        """One position through all blocks: what `Block.forward` computes, without the calls of modules, which in small models cost more than it."""
-        b, heads = len(x), self.model.config.heads
-        for w, cache in zip(self.weights, self.caches, strict=True):
-            qkv = F.linear(rms_norm(x, w.attention_norm), w.wqkv).view(b, 3, heads, 1, -1)
-            turned = rotate(qkv[:, :2], rope)
-            keys, values = cache.extend(turned[:, 1], qkv[:, 2])
-            mixed = F.scaled_dot_product_attention(turned[:, 0], keys, values)
-            x = x + F.linear(mixed.view(b, -1), w.wo)
-            normed = rms_norm(x, w.ffn_norm)
-            x = x + F.linear(F.silu(F.linear(normed, w.w1)) * F.linear(normed, w.w3), w.w2)
-        return x
-
-
-def _generate(
-    model: Vaura,
-    features: Tensor,
-    steps: int,
-    sampling: Sampling,
-    prompt: Tensor | None,
-    generators: Sequence[torch.Generator | None],
-    cache: bool,
-) -> Tensor:
-    config, batch = model.config, len(features)
-    known = 0 if prompt is None else prompt.shape[-1]
-    length = steps + config.codebooks
+@torch.inference_mode()
+def _recomputed(model: Vaura, features: Tensor, steps: int, sampling: Sampling, prompt: Tensor | None, uniform: Tensor) -> Tensor:
+    config, batch, known = model.config, len(features), 0 if prompt is None else prompt.shape[-1]
     if model.training:
         raise ValueError("the model is in training mode, with dropout on; call model.eval() before generating")
-    if known >= steps:
-        raise ValueError(f"a prompt of {known} steps and {steps} steps to make: expected a prompt shorter than what is made")
-    if length - 1 > config.max_steps:
-        raise ValueError(f"{steps} steps need {length - 1} positions; the model has max_steps={config.max_steps}: take shorter windows")
-    guided = sampling.guidance > 1
-    if guided:
+    if sampling.guided:
         unconditional = model.cls_embeddings.unconditional(features.shape[1]).to(features.dtype)
         features = torch.cat([features, unconditional.expand(batch, -1, -1)])
-    next_logits = CachedLogits(model, features, length - 1) if cache else RecomputedLogits(model, features)
     codes = torch.full((batch, config.codebooks, steps), UNKNOWN, device=features.device)
     if prompt is not None:
         codes[..., :known] = prompt
-    sequence = delay(codes, config.special).repeat(1 + guided, 1, 1)
-    uniform = _uniform(generators, (config.codebooks, length), features.device)
-    for step in range(known + 1, length):
-        logits = next_logits(sequence, step)
-        if guided:
-            with_video, without = logits.chunk(2)
-            logits = without + (with_video - without) * sampling.guidance
-        chosen = logits.argmax(-1) if sampling.greedy else draw(probabilities(logits, sampling), uniform[..., step])
-        # Codebook k is at codec step `step` - 1 - k: those before the prompt's end are known, those past the end stay special.
-        unknown = slice(max(0, step - steps), min(config.codebooks, step - known))
-        sequence[:, unknown, step] = chosen[:, unknown].repeat(1 + guided, 1)
-    return undelay(sequence[:batch], steps)
-
-
-def _generators(seeds: Sequence[int] | None, batch: int) -> list[torch.Generator | None]:
-    """A generator per sample; None stands for torch's global one."""
-    if seeds is None:
-        return [None] * batch
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for a batch of {batch}; expected one for each sample")
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _uniform(generators: Sequence[torch.Generator | None], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """All the chance a window needs, drawn at once on the CPU: the same on every device, and of each sample's own generator."""
-    return torch.stack([torch.rand(shape, generator=generator) for generator in generators]).to(device)
+    sequence, uniform = delay(codes, config.special), uniform.to(features.device)
+    next_logits = RecomputedLogits(model, features)
+    for step in range(known + 1, steps + config.codebooks):
+        chosen = choose(next_logits(sequence.repeat(1 + sampling.guided, 1, 1), step), uniform[..., step], sampling)
+        there = sequence[..., step]
+        sequence[..., step] = torch.where(there == UNKNOWN, chosen, there)
+    return undelay(sequence, steps)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.generate import CachedLogits, RecomputedLogits, Sampling, Window, draw, generate, generate_windows, probabilities, windows
+from model.generate import Sampling, generate, generate_windows
+from model.sampling import draw, probabilities
+from model.schedule import published_schedule, windows
 from model.vaura import Vaura, VauraConfig
 from tests.model.fill import fill_module, inp
 
@@ -65,9 +67,8 @@ def test_codes_after_a_prompt_are_those_of_the_reference(reference: Vaura, golde
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_published_windows_give_the_codes_of_the_reference(reference: Vaura, golden: dict[str, np.ndarray], guidance: float) -> None:
-    published = [Window(range(0, 32), range(0, 221)), Window(range(8, 40), range(55, 276))]
     sampling = Sampling(greedy=True, guidance=guidance)
-    made = generate_windows(reference, inp("vis40", (1, 40, 768)), sampling=sampling, schedule=published)
+    made = generate_windows(reference, inp("vis40", (1, 40, 768)), sampling=sampling, schedule=published_schedule(3.2, 0.64, 5))
     assert np.array_equal(made.numpy(), golden[f"chunked_3.2s_cfg{guidance}"])
 
 
@@ -81,16 +82,6 @@ def test_filters_are_those_of_the_reference(golden: dict[str, np.ndarray]) -> No
     kept = nucleus > 0
     plain = torch.softmax(logits, -1)
     torch.testing.assert_close(nucleus[kept], torch.where(kept, plain / (plain * kept).sum(-1, keepdim=True), 0)[kept])
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize(("batch", "prompt", "tokens"), [(1, 0, 16), (3, 0, 7), (3, 11, 16), (2, 29, 3)])
-def test_cached_logits_are_the_recomputed_ones_at_every_step(model: Vaura, batch: int, prompt: int, tokens: int) -> None:
-    length = 41
-    sequence = torch.randint(ENCODEC.card + 1, (batch, ENCODEC.codebooks, length))
-    cached, recomputed = CachedLogits(model, video(batch, tokens), length), RecomputedLogits(model, video(batch, tokens))
-    for step in range(prompt + 1, length + 1):
-        torch.testing.assert_close(cached(sequence, step), recomputed(sequence, step), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("prompt", [0, 19])
@@ -160,30 +151,6 @@ def test_half_precision_generates(dtype: torch.dtype) -> None:
     assert mixed.min() >= 0 and mixed.max() < ENCODEC.card
 
 
-@pytest.mark.parametrize(
-    ("tokens", "window", "stride", "expected"),
-    [
-        (16, 16, 8, [(0, 16)]),
-        (40, 16, 8, [(0, 16), (8, 24), (16, 32), (24, 40)]),
-        (40, 16, 16, [(0, 16), (16, 32), (24, 40)]),  # The last window moves less, and is as long as the others.
-        (8, 16, 8, [(0, 8)]),
-        (24, 24, 24, [(0, 24)]),
-        (29, 16, 8, [(0, 16), (8, 24), (13, 29)]),  # Not a whole number of segments.
-    ],
-)
-def test_windows_cover_the_video(model: Vaura, tokens: int, window: int, stride: int, expected: list[tuple[int, int]]) -> None:
-    made = windows(model, tokens, window_tokens=window, stride_tokens=stride)
-    assert [(w.tokens.start, w.tokens.stop) for w in made] == expected
-    assert [(w.steps.start, w.steps.stop) for w in made] == [(6 * start, 6 * stop) for start, stop in expected]
-
-
-def test_windows_do_not_drift_on_a_clock_that_is_no_whole_number() -> None:
-    dac = Vaura(VauraConfig(**{**vars(ENCODEC), "steps_per_token": 441, "steps_per_token_divisor": 64}))
-    minute = windows(dac, 750, window_tokens=32, stride_tokens=8)
-    assert minute[-1].steps.stop == 60 * 44100 // 512 and all(len(w.steps) in (220, 221) for w in minute)
-    assert all(w.steps.start == w.tokens.start * 2 * 44100 // (25 * 512) for w in minute)
-
-
 @pytest.mark.parametrize(("tokens", "window_segments", "stride_segments"), [(40, 2, 1), (40, 3, 2), (16, 2, 2), (8, 2, 1), (29, 1, 1)])
 def test_each_window_keeps_the_codes_before_it(model: Vaura, tokens: int, window_segments: int, stride_segments: int) -> None:
     features = video(2, tokens)
@@ -194,8 +161,8 @@ def test_each_window_keeps_the_codes_before_it(model: Vaura, tokens: int, window
     assert torch.equal(made, uncached)
     assert made.shape == (2, ENCODEC.codebooks, 6 * tokens)
     known = torch.empty(2, ENCODEC.codebooks, 0, dtype=torch.long)
-    for w in windows(model, tokens, window_tokens=8 * window_segments, stride_tokens=8 * stride_segments):
-        seen, prompt = features[:, w.tokens.start : w.tokens.stop], known[..., w.steps.start :]
+    for w in windows(tokens, model.config.token_clock, window_tokens=8 * window_segments, stride_tokens=8 * stride_segments):
+        seen, prompt = features[:, list(w.tokens)], known[..., w.steps.start :]
         new = generate(model, seen, steps=len(w.steps), sampling=GREEDY, prompt=prompt)
         assert torch.equal(new[..., : prompt.shape[-1]], prompt)
         known = torch.cat([known[..., : w.steps.start], new], -1)
