@@ -59,6 +59,9 @@ class VauraConfig:
     """Probability that a training sample's video is replaced by the unconditional embedding (classifier-free guidance)."""
     train_unconditional: bool = False
     """Learn the unconditional embedding with the rest; false leaves it as random as it began (as published). Files are the same either way."""
+    feed_last_step: bool = False
+    """In training, let the window's last positions see the codes of its last step, as they do in generation; false hides these (as published), so
+    that in generation the codes of the last `codebooks` positions come from inputs that were never trained on."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width // self.heads % 2:
@@ -347,17 +350,19 @@ class Vaura(nn.Module):
     def start_from_codec(self, tables: Sequence[Float[Tensor, "card _"]], biases: Sequence[Float[Tensor, "_"]] | None = None) -> None:
         """Begin from a codec's own codebooks instead of at random: a table of entries per codebook, and the biases of its projections.
 
-        Tables as wide as `codebook_dim` (DAC's) are copied as they are, and biases as long as the audio channels too, as the published training
-        did; the projections' weights stay random, as they did there. Of tables of another width (EnCodec's 128 channels, the stand-in's bands)
-        the principal components are taken: 8 numbers a code are what the decoder has, and these keep codes that sound alike close together,
-        which is all that there is to gain from the codec.
+        A codec that has biases, DAC, has its codes in few dimensions with a projection behind them, as the decoder does. Where their number is
+        `codebook_dim`, tables are copied as they are, and biases as long as the audio channels too, as the published training did; the
+        projections' weights stay random, as they did there. Of any other codec (EnCodec's tables have 128 channels, the stand-in's are decibels
+        and shapes of bands) the principal components are taken: `codebook_dim` numbers a code are what the decoder has, and these keep codes that
+        sound alike close together, which is all that there is to gain from the codec.
         """
         config, embeddings = self.config, cast(list[CodeEmbedding], list(self.tok_embeddings))
         shapes = [tuple(table.shape) for table in tables]
         if len(shapes) != config.codebooks or any(shape[0] != config.card for shape in shapes):
             raise ValueError(f"codebooks of the shapes {shapes}; expected {config.codebooks} of them with {config.card} entries each")
         for k, (embedding, table) in enumerate(zip(embeddings, tables, strict=True)):
-            fitting = table if table.shape[1] == config.codebook_dim else principal_components(table, config.codebook_dim)
+            same = biases is not None and table.shape[1] == config.codebook_dim
+            fitting = table if same else principal_components(table, config.codebook_dim)
             embedding.emb.weight[: config.card] = fitting.to(embedding.emb.weight)
             if biases is not None and biases[k].shape == embedding.out_proj.bias.shape:
                 embedding.out_proj.bias.copy_(biases[k])
@@ -418,8 +423,8 @@ class Vaura(nn.Module):
     ) -> VauraLoss:
         """Cross-entropy of every code, given the codes before it and the video, as published.
 
-        In training mode the video of each sample is dropped with probability `guidance_dropout`. The last codec step's codes are
-        predicted but not fed (published quirk: the reference builds its input from `codes[..., :-1]`), which only the last q positions see.
+        In training mode the video of each sample is dropped with probability `guidance_dropout`. Without `feed_last_step` the last codec step's codes
+        are predicted but not fed (published quirk: the reference builds its input from `codes[..., :-1]`), which only the last q positions see.
         Where samples are padded at their end, the masks say what is there: a sample then gives what it would give alone at its own length, and each
         counts the same, so that the mean does not depend on how a batch is shared out.
         """
@@ -427,10 +432,11 @@ class Vaura(nn.Module):
         if self.training and config.guidance_dropout > 0:
             dropped = torch.rand(len(features), device=features.device) < config.guidance_dropout
             features = self.cls_embeddings.drop(features, dropped)
-        fed = F.pad(codes[..., :-1], (0, 1), value=config.special)
+        fed = codes if config.feed_last_step else F.pad(codes[..., :-1], (0, 1), value=config.special)
         if steps_there is not None:
             codes = codes.masked_fill(~steps_there[:, None], IGNORED)
-            fed = fed.masked_fill(~F.pad(steps_there[:, 1:], (0, 1))[:, None], config.special)
+            feeds = steps_there if config.feed_last_step else F.pad(steps_there[:, 1:], (0, 1))
+            fed = fed.masked_fill(~feeds[:, None], config.special)
         # Not as a call of the module: hooks on it, as sharding puts there, belong around the whole of this.
         logits = self.forward(delay(fed, config.special)[..., :-1], features, tokens_there)
         # The targets go to the sequence's grid rather than the logits back to the codec's: nothing large is copied.

@@ -21,7 +21,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, entry: str) -> None:
     """Cut the parameters of each of `model.layers`, and the rest as one group. `entry` is the method that training calls in place of `forward`."""
     for layer in model.get_submodule("layers").children():
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default the last group stays whole until the backward pass, and after a validation, which has none, for good.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, entry)
 
 

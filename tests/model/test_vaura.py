@@ -232,6 +232,8 @@ def test_wider_codebooks_start_as_their_principal_components() -> None:
         theirs, ours = torch.pdist(tables[k].double()), torch.pdist(started[k].double())
         torch.testing.assert_close(ours / ours.mean(), theirs / theirs.mean(), rtol=0, atol=tolerance)
     assert not started[2, :, 3:].any()
+    model.start_from_codec([tables[3]] * 5)
+    torch.testing.assert_close(tables_of(model)[0][0], principal_components(tables[3], 7))
     flipped = principal_components(-tables[1], 7)
     assert torch.allclose(flipped.abs(), started[1].abs(), atol=1e-5)
     assert torch.equal(principal_components(torch.ones(17, 9), 7), torch.zeros(17, 7))

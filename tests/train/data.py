@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from configs.load import load
+from model.codecs import save_codec
+from model.lapped import LappedCodec, LappedConfig
 from model.weights import sha256_file
 from shards.dataset import create_or_check, new_info
 from shards.write import Entry, write_manifest, write_shard
@@ -24,6 +27,7 @@ def write_features(
     first: int = 0,
     lengths: Sequence[int] = (SEGMENTS,),
     weights: Path | None = None,
+    codec_weights: Path | None = None,
     **spec: Any,
 ) -> Path:
     """A feature dataset on EnCodec's clock: `clips` training clips in shards of 7, numbered from `first`, and validation clips if asked for.
@@ -32,7 +36,8 @@ def write_features(
     """
     codec = {"name": "encodec24", "sample_rate_hz": 24000, "hop_samples": 320, "channels": 1, "codebooks": CODEBOOKS, "card": CARD}
     described = {"hop_frames": 16, "views": 1, "tower": {"config": {"width": WIDTH}, "weights_sha256": "0" * 64}, "codec": codec, **spec}
-    provenance = {"weights": {"tower": {"path": str(weights), "sha256": sha256_file(weights)}}} if weights else {}
+    files = {"tower": weights, "codec": codec_weights}
+    provenance = {"weights": {name: {"path": str(path), "sha256": sha256_file(path)} for name, path in files.items() if path}}
     create_or_check(root, new_info("features", described, provenance))
     for split, count in (("train", clips), ("validation", validation)):
         entries = [_entry(split, number, lengths[number % len(lengths)]) for number in range(first, first + count)]
@@ -40,6 +45,18 @@ def write_features(
             write_shard(root, f"{split}-{shard:06d}", entries[begin : begin + 7])
     write_manifest(root)
     return root
+
+
+def write_codec(path: Path) -> Path:
+    """A codec's weights file that fits the datasets' codes: the stand-in's kind, on EnCodec's clock, with random codebooks."""
+    codec = LappedCodec(LappedConfig(card=CARD, envelope_codebooks=1, band_edges=(0, 7, 40, 180, 320)))
+    generator = torch.Generator().manual_seed(8)
+    codec.envelopes.copy_(torch.randn(codec.envelopes.shape, generator=generator) * 10 - 40)
+    for shape in codec.shapes:
+        shape.copy_(torch.randn(shape.shape, generator=generator))
+    assert codec.codebooks == CODEBOOKS
+    save_codec(path, codec)
+    return path
 
 
 def _entry(split: str, number: int, segments: int) -> Entry:
@@ -55,6 +72,10 @@ model.layers=2 model.width=24 model.visual_width=8 model.heads=3 model.codebook_
 schedule.warmup_steps=3 optimiser.learning_rate=0.01 trainer.max_steps=8 trainer.log_every=3
 trainer.accelerator=cpu trainer.devices=1 trainer.precision=32-true trainer.progress=false
 """
+
+
+TEN_STEPS = ["trainer.max_steps=10", "schedule.total_steps=10", "trainer.val_check_interval=5", "trainer.keep_every=3"]
+"""Over two and a half epochs of 23 clips, with dropout, guidance dropout and two validations."""
 
 
 def small_config(data: Path, out: Path, *options: str) -> TrainConfig:

@@ -14,7 +14,7 @@ from configs.load import JobError, load
 from model.run_folder import read_config, read_model, read_run_folder
 from model.vaura import VauraConfig
 from shards.dataset import fingerprint
-from tests.train.data import CARD, CODEBOOKS, WIDTH, small_config, write_features
+from tests.train.data import CARD, CODEBOOKS, TEN_STEPS, WIDTH, small_config, write_features
 from train.callbacks import read_metrics
 from train.trainer import TrainerConfig
 from train.vaura import ModelOptions, TrainConfig, VauraModule, derive_model, main, run
@@ -114,9 +114,6 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps in one go, over two and a half epochs of 23 clips, with dropout, guidance dropout and two validations."""
     folder = tmp_path_factory.mktemp("straight")
     return run(small_config(data, folder, *TEN_STEPS))
-
-
-TEN_STEPS = ["trainer.max_steps=10", "schedule.total_steps=10", "trainer.val_check_interval=5", "trainer.keep_every=3"]
 
 
 def stop_after(data: Path, folder: Path, step: int, *options: str) -> Path:
