@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from model.codec import Codebooks, Codec, StreamDecoder
+from model.weights import load_strictly
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,7 @@ class Dac(nn.Module):
 class DacCodec(Codec):
     """DAC on its exact clock: 44100 / 512 steps a second, 441 in eight segments. Mono; 9 codebooks of 1024.
 
-    Clips pass through in pieces of `piece_steps` (0: 64 on a CPU, where a piece then stays in its cache; 512 on a GPU), whatever their length.
+    Clips pass through in pieces of `piece_steps` (0: 128 on a CPU, where a piece then stays in its cache; 512 on a GPU), whatever their length.
     """
 
     def __init__(self, config: DacConfig = DacConfig(), *, piece_steps: int = 0) -> None:
@@ -327,7 +329,7 @@ class DacCodec(Codec):
 
     def steps_at_once(self) -> int:
         """Steps of a piece on the device that the weights are on."""
-        return self.piece_steps or (64 if next(self.parameters()).device.type == "cpu" else 512)
+        return self.piece_steps or (128 if next(self.parameters()).device.type == "cpu" else 512)
 
     def latents(self, wave: Float[Tensor, "channels samples"]) -> Float[Tensor, "one width steps"]:
         """What the encoder makes of a clip, before it is quantised."""
@@ -379,6 +381,15 @@ class _DacStream(StreamDecoder):
 # --- tensors by name ------------------------------------------------------------------------------------------------------------------
 
 
+def dac_from(tensors: Mapping[str, Tensor], config: DacConfig, *, source: str | Path) -> DacCodec:
+    """The codec of these sizes with these parameters, of any floating type; computes in fp32. ValueError if they do not fit; it names `source`."""
+    with torch.device("meta"):
+        codec = DacCodec(config)
+    codec.to_empty(device="cpu")
+    load_strictly(codec.network, tensors, source=source)
+    return codec
+
+
 def is_dac(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these names are a DAC network's."""
     return "quantizer.quantizers.0.codebook.weight" in tensors and "decoder.model.0.weight_v" in tensors
@@ -413,3 +424,21 @@ def dac_config(tensors: Mapping[str, Tensor], *, sample_rate_hz: int = 44_100) -
         card=card,
         codebook_width=codebook_width,
     )
+
+
+def check_settings(config: DacConfig, settings: Mapping[str, object], *, source: str | Path) -> None:
+    """Raises ValueError if the constructor's arguments that a released file carries beside its parameters (`metadata.kwargs`) say otherwise."""
+    found = {
+        "encoder_dim": config.encoder_width,
+        "encoder_rates": list(config.encoder_rates),
+        "latent_dim": config.latent_width,
+        "decoder_dim": config.decoder_width,
+        "decoder_rates": list(config.decoder_rates),
+        "n_codebooks": config.codebooks,
+        "codebook_size": config.card,
+        "codebook_dim": config.codebook_width,
+    }
+    said = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if name in found and value is not None}
+    wrong = [f"{name} {value}, its parameters have {found[name]}" for name, value in said.items() if value != found[name]]
+    if wrong:
+        raise ValueError(f"{source}: its metadata and its parameters disagree: the metadata says " + "; ".join(wrong) + ". Is the file put together?")

@@ -54,11 +54,12 @@ class CodecOptions:
     """The audio codec whose tokens are stored."""
 
     name: str = "encodec24"
-    """`encodec24`, `encodec48`, or the kind that the weights file names itself."""
+    """`encodec24` (75 steps a second, the exact clock), `encodec48` (stereo) or `dac44` (44.1 kHz, 86.13 a second, V-AURA's own); a weights file
+    says itself what it is."""
     weights: str = ""
     """A weights file; empty takes the published one of that name from the cache."""
     bandwidth_kbps: float = 6.0
-    """EnCodec's bandwidth; it decides the number of codebooks (24 kHz: 6 kbps gives 8)."""
+    """EnCodec's bandwidth; it decides the number of codebooks (24 kHz: 6 kbps gives 8). DAC has 9 codebooks whatever this says."""
 
 
 @dataclass(frozen=True)
