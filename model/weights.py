@@ -436,6 +436,11 @@ KNOWN: dict[str, Artifact] = {
     ),
     "encodec24": Artifact(f"{ENCODEC}/encodec_24khz-d7cc33bc.th", "encodec_24khz-d7cc33bc.th", "EnCodec 24 kHz, mono", sha256="d7cc33bc"),
     "encodec48": Artifact(f"{ENCODEC}/encodec_48khz-7e698e3e.th", "encodec_48khz-7e698e3e.th", "EnCodec 48 kHz, stereo", sha256="7e698e3e"),
+    "dac44": Artifact(
+        "https://github.com/descriptinc/descript-audio-codec/releases/download/0.0.1/weights.pth",
+        "dac_44khz_8kbps_0.0.1.pth",
+        "DAC 44.1 kHz, mono, 9 codebooks (V-AURA's codec)",
+    ),
 }
 
 
