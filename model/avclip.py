@@ -140,6 +140,8 @@ def load_avclip(name_or_path: str | Path, *, device: str | torch.device = "cpu",
     config = config or {"kind": KIND, "visual": None, "audio": None}
     if config.get("kind") != KIND:
         raise ValueError(f"{path}: holds another kind of network; expected Segment AVCLIP")
-    model = Avclip(new_tower(config["visual"], source=path), new_audio_tower(config["audio"], source=path))
+    with torch.device("meta"):  # without values, which are about to be loaded
+        model = Avclip(new_tower(config["visual"], source=path), new_audio_tower(config["audio"], source=path))
+    model.to_empty(device=device)
     load_strictly(model, tensors, source=path)
     return model.to(device, dtype).requires_grad_(False).eval()

@@ -19,11 +19,10 @@ SAMPLE_RATE_HZ = 16000
 SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FRAME_RATE_HZ
 SEGMENT_SAMPLES = SEGMENT_FRAMES * SAMPLES_PER_FRAME
 OFFSET_CLASSES = 21
-MAX_OFFSET_SECONDS = 2.0
-OFFSET_STEP_SECONDS = 0.2
-"""Between neighbouring classes."""
 SYNC_CLASS = OFFSET_CLASSES // 2
 """The class of no offset."""
+OFFSET_STEP_SECONDS = 0.2
+"""Between neighbouring classes."""
 
 
 def index_at(seconds: float, rate_hz: int) -> int:
@@ -82,7 +81,7 @@ SYNCHRONISABLE = SegmentGrid(4.48, 13, 8)
 
 def offset_grid() -> Float[Tensor, "classes"]:
     """The offsets of the classes in seconds, float32: -2.0, -1.8, ..., 2.0."""
-    return torch.linspace(-MAX_OFFSET_SECONDS, MAX_OFFSET_SECONDS, OFFSET_CLASSES, dtype=torch.float64).float()
+    return ((torch.arange(OFFSET_CLASSES, dtype=torch.float64) - SYNC_CLASS) * OFFSET_STEP_SECONDS).float()
 
 
 def offset_class(seconds: float) -> int:
@@ -94,7 +93,7 @@ def class_seconds(index: int) -> float:
     """The offset of a class, to the hundredth."""
     if not 0 <= index < OFFSET_CLASSES:
         raise ValueError(f"class {index}; there are {OFFSET_CLASSES} classes of offsets, counted from 0")
-    return round(index * OFFSET_STEP_SECONDS - MAX_OFFSET_SECONDS, 2)
+    return round((index - SYNC_CLASS) * OFFSET_STEP_SECONDS, 2)
 
 
 # --- cuts -----------------------------------------------------------------------------------------------------------------------------

@@ -232,7 +232,9 @@ def load_synchformer(
     if stored.get("kind") != KIND:
         raise ValueError(f"{path}: holds another kind of network; expected a Synchformer")
     config = SyncConfig(**(stored["sync"] | ({} if segments is None else {"segments": segments})))
-    model = Synchformer(new_tower(stored["visual"], source=path), new_audio_tower(stored["audio"], source=path), config)
+    with torch.device("meta"):  # without values, which are about to be loaded
+        model = Synchformer(new_tower(stored["visual"], source=path), new_audio_tower(stored["audio"], source=path), config)
+    model.to_empty(device=device)
     load_strictly(model, _trimmed(tensors, config.tokens, source=path), source=path)
     return model.to(device, dtype).requires_grad_(False).eval()
 

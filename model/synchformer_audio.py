@@ -97,7 +97,7 @@ class LogMel(nn.Module):
         """
         with torch.autocast(wave.device.type, enabled=False):
             spectrum = torch.stft(
-                wave.float().flatten(0, -2),
+                wave.float().reshape(-1, wave.shape[-1]),
                 FFT_SAMPLES,
                 HOP_SAMPLES,
                 WINDOW_SAMPLES,
@@ -109,7 +109,7 @@ class LogMel(nn.Module):
             power = torch.view_as_real(spectrum).square().sum(-1)
             log = (self.filters.T @ power + LOG_FLOOR).log()[..., : self.frames]
             log = F.pad(log, (0, self.frames - log.shape[-1]))
-            return ((log - MEAN) / (2 * STD)).unflatten(0, wave.shape[:-1])
+            return ((log - MEAN) / (2 * STD)).reshape(*wave.shape[:-1], *log.shape[1:])
 
 
 # --- the tower ------------------------------------------------------------------------------------------------------------------------
@@ -281,6 +281,8 @@ def load_audio_tower(name_or_path: str | Path, *, device: str | torch.device = "
     for prefix in PREFIXES:
         if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
             tensors = inside
-    tower = new_audio_tower(config.get("audio", config) if config else None, source=path)
+    with torch.device("meta"):  # without values, which are about to be loaded
+        tower = new_audio_tower(config.get("audio", config) if config else None, source=path)
+    tower.to_empty(device=device)
     load_strictly(tower, tensors, source=path)
     return tower.to(device, dtype).requires_grad_(False).eval()

@@ -270,6 +270,8 @@ def load_tower(name_or_path: str | Path, *, device: str | torch.device = "cpu", 
     for prefix in PREFIXES:
         if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
             tensors = inside
-    tower = new_tower(config.get("visual", config) if config else None, source=path)
+    with torch.device("meta"):  # without values, which are about to be loaded
+        tower = new_tower(config.get("visual", config) if config else None, source=path)
+    tower.to_empty(device=device)
     load_strictly(tower, tensors, source=path)
     return tower.to(device, dtype).requires_grad_(False).eval()

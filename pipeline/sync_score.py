@@ -1,0 +1,206 @@
+"""How well sound fits pictures in time: Synchformer's offsets for a clip, and the best of several sounds for one clip.
+
+Pictures go through the visual tower once, however many sounds are compared with them, and a segment that several windows share goes
+through a tower once. Knows no files of media, no Ray, and nothing of what made the sound.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio.functional
+from jaxtyping import Float, Float32, Int, UInt8
+from torch import Tensor
+
+from configs.clock import SEGMENT_FRAMES
+from model.segments import OFFSET, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, SEGMENT_SAMPLES
+from model.synchformer import Synchformer, load_synchformer
+from model.synchformer_audio import LogMel
+from model.synchformer_visual import normalise
+from pipeline.features import DTYPES, pick_device
+from pipeline.views import view_crop
+
+HOP_FRAMES = OFFSET.hop_frames
+NEAR_CLASSES = 1
+"""Offsets this far from none still count as in time: 0.2 s, as in the published accuracy within one class."""
+SOUND_BATCH = 8
+"""Segments of sound that a pass of the audio tower takes, for each segment of pictures in one of the visual tower, which is 28 times the work."""
+RESIZED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which segments a clip is taken apart into, and which of them are compared together.
+
+    Segments start every 8 frames. A window is as many neighbouring ones as the network compares (14: 4.8 s); windows overlap by half and the
+    last one ends with the clip, so up to 7 frames at the end are not looked at. A clip shorter than a window is repeated: time goes round,
+    for pictures and sound alike.
+    """
+
+    frames: int
+    starts: tuple[int, ...]
+    """First frames of the segments, each once. One that starts less than 16 frames before the end of a repeated clip goes on at its beginning."""
+    windows: Int[Tensor, "windows segments"]
+    """Indices into `starts`."""
+
+    @classmethod
+    def of(cls, frames: int, segments: int) -> "Layout":
+        """The layout of a clip of `frames` frames in windows of `segments` segments. Raises ValueError for less than a segment."""
+        if frames < SEGMENT_FRAMES:
+            raise ValueError(f"{frames} frames at 25 fps; a segment, the shortest that can be compared, is {SEGMENT_FRAMES}")
+        fitting = (frames - SEGMENT_FRAMES) // HOP_FRAMES + 1
+        if fitting >= segments:
+            last = fitting - segments
+            firsts = [*range(0, last, max(1, segments // 2)), last]
+            return cls(frames, tuple(range(0, fitting * HOP_FRAMES, HOP_FRAMES)), torch.tensor(firsts)[:, None] + torch.arange(segments))
+        places = [i * HOP_FRAMES % frames for i in range(segments)]
+        starts = sorted(set(places))
+        return cls(frames, tuple(starts), torch.tensor([[starts.index(place) for place in places]]))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A clip's pictures, as the visual tower sees them."""
+
+    layout: Layout
+    tokens: Float[Tensor, "segments tokens width"]
+
+
+def synchrony(probabilities: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
+    """How much of the offsets' distribution is within one class (0.2 s) of none: what ranks sounds for the same pictures."""
+    none = probabilities.shape[-1] // 2
+    return probabilities[..., none - NEAR_CLASSES : none + NEAR_CLASSES + 1].sum(-1)
+
+
+def best_of(probabilities: Float[Tensor, "waves classes"]) -> int:
+    """The row with the most `synchrony`; of equals, the one with the most at no offset, then the first."""
+    scores, none = synchrony(probabilities).tolist(), probabilities[:, probabilities.shape[1] // 2].tolist()
+    return max(range(len(scores)), key=lambda i: (scores[i], none[i]))
+
+
+class SyncScorer:
+    """A Synchformer with its offset head, on one device.
+
+    On clips of at least 4.8 s the probabilities mean what the published network's do. A shorter one (2.56 s of generated sound) is repeated
+    to fill the window: it was not trained on such joints, so its answer only ranks sounds for the same pictures.
+    """
+
+    def __init__(
+        self, weights: str = "sync", device: str = "auto", precision: Literal["fp32", "bf16", "fp16"] = "fp32", *, batch_segments: int = 16
+    ) -> None:
+        """Loads the network: a weights file, or the name of a published one in the cache. `batch_segments` segments of pictures go through the
+        tower at a time.
+
+        Raises ValueError for a network without an offset head, FileNotFoundError where weights are missing.
+        """
+        if batch_segments < 1:
+            raise ValueError(f"batch_segments is {batch_segments}; expected at least 1")
+        self.device = pick_device(device)
+        self.model: Synchformer = load_synchformer(weights, device=self.device)
+        if self.model.config.head != "offset":
+            raise ValueError(f"{weights}: says whether clips can be synchronised, not by how much they are apart; give a network like `sync`")
+        self.log_mel = LogMel(self.model.afeat_extractor.config).to(self.device)
+        self.precision, self.batch_segments = DTYPES[precision], batch_segments
+
+    # --- answers ---
+
+    def offsets(
+        self, frames: UInt8[np.ndarray | Tensor, "n h w 3"], wave: Float32[np.ndarray | Tensor, "channels samples"], sample_rate_hz: int
+    ) -> Float[Tensor, "classes"]:
+        """Probabilities of the offsets (`model.segments.class_seconds`; the middle one is none), averaged over the clip's windows.
+
+        `frames` are pictures at 25 fps of any size, of which the middle is looked at; the sound begins with them. Sound beyond the last picture
+        is not heard, sound that ends before is followed by silence. Raises ValueError for less than 16 frames or no sound.
+        """
+        return self.compare(self.see(frames), [wave], sample_rate_hz)[0]
+
+    def best(
+        self,
+        frames: UInt8[np.ndarray | Tensor, "n h w 3"],
+        waves: Sequence[Float32[np.ndarray | Tensor, "_ _"]],
+        sample_rate_hz: int,
+    ) -> tuple[int, list[float]]:
+        """Which of several sounds [channels, samples] is best in time with the pictures (`best_of`), and every sound's `synchrony`.
+
+        Otherwise as `offsets`; the pictures go through their tower once.
+        """
+        probabilities = self.compare(self.see(frames), waves, sample_rate_hz)
+        return best_of(probabilities), synchrony(probabilities).tolist()
+
+    # --- the steps ---
+
+    @torch.inference_mode()
+    def see(self, frames: UInt8[np.ndarray | Tensor, "n h w 3"]) -> Seen:
+        """The visual tower over a clip's pictures at 25 fps; its result can be compared with any number of sounds."""
+        layout = Layout.of(len(frames), self.model.config.segments)
+        pictures = _pictures(frames, self.model.vfeat_extractor.config.image_size)
+        within = torch.arange(SEGMENT_FRAMES)
+        tokens: list[Tensor] = []
+        for batch in torch.tensor(layout.starts).split(self.batch_segments):
+            pixels = pictures[(batch[:, None] + within) % layout.frames].to(self.device)
+            with self._autocast():
+                tokens.append(self.model.vfeat_extractor(normalise(pixels).unsqueeze(1))[:, 0].float())
+        return Seen(layout, torch.cat(tokens))
+
+    @torch.inference_mode()
+    def compare(self, seen: Seen, waves: Sequence[Float32[np.ndarray | Tensor, "_ _"]], sample_rate_hz: int) -> Float[Tensor, "waves classes"]:
+        """Probabilities of the offsets of several sounds, each [channels, samples], against the same pictures. On the CPU."""
+        if not waves:
+            raise ValueError("no sound to compare with the pictures")
+        heard = self._hear(seen.layout, [self._mono(wave, sample_rate_hz, seen.layout.frames) for wave in waves])
+        windows = seen.layout.windows.to(self.device)
+        visual = seen.tokens[windows]
+        pairs = [(sound, window) for sound in range(len(waves)) for window in range(len(windows))]
+        logits: list[Tensor] = []
+        for start in range(0, len(pairs), self.batch_segments):
+            sounds, places = torch.tensor(pairs[start : start + self.batch_segments], device=self.device).T
+            with self._autocast():
+                logits.append(self.model.compare(visual[places], heard[sounds[:, None], windows[places]]).float())
+        return torch.cat(logits).softmax(-1).unflatten(0, (len(waves), -1)).mean(1).cpu()
+
+    def _autocast(self) -> "torch.autocast | nullcontext[None]":
+        return nullcontext() if self.precision == torch.float32 else torch.autocast(self.device.type, self.precision)
+
+    def _mono(self, wave: Float32[np.ndarray | Tensor, "channels samples"], sample_rate_hz: int, frames: int) -> Float[Tensor, "heard"]:
+        """The sound under `frames` pictures: one channel at 16 kHz, cut or filled with silence."""
+        if not wave.shape[0] or not wave.shape[1]:
+            raise ValueError(f"a sound of the shape {tuple(wave.shape)}; expected [channels, samples], none of them 0")
+        mono = _tensor(wave).to(self.device).mean(0)
+        mono = torchaudio.functional.resample(mono, sample_rate_hz, SAMPLE_RATE_HZ)[: frames * SAMPLES_PER_FRAME]
+        return F.pad(mono, (0, frames * SAMPLES_PER_FRAME - len(mono)))
+
+    def _hear(self, layout: Layout, waves: list[Tensor]) -> Float[Tensor, "waves segments tokens width"]:
+        """The audio tower over every segment of every sound."""
+        # The beginning once more after the end, for segments that go on there.
+        rounds = torch.stack([torch.cat([wave, wave[:SEGMENT_SAMPLES]]) for wave in waves])
+        places = [(i, start * SAMPLES_PER_FRAME) for i in range(len(waves)) for start in layout.starts]
+        tokens: list[Tensor] = []
+        for first in range(0, len(places), step := SOUND_BATCH * self.batch_segments):
+            spectrograms = self.log_mel(torch.stack([rounds[i, start : start + SEGMENT_SAMPLES] for i, start in places[first : first + step]]))
+            with self._autocast():
+                tokens.append(self.model.afeat_extractor(spectrograms.unsqueeze(1))[:, 0].float())
+        return torch.cat(tokens).unflatten(0, (len(waves), -1))
+
+
+def _pictures(frames: UInt8[np.ndarray | Tensor, "n h w 3"], size: int) -> UInt8[Tensor, "n size size 3"]:
+    """The middle of every picture, as the network was trained to see it: the short side at 8/7 of `size` (256 for 224), then a square of `size`."""
+    _, height, width, _ = frames.shape
+    short = round(size * 256 / 224)
+    resized = (short, short * width // height) if height < width else (short * height // width, short)
+    crop = view_crop("", 0, *resized, size)
+    cut = torch.empty(len(frames), size, size, 3, dtype=torch.uint8)
+    for start, into in zip(range(0, len(frames), RESIZED_AT_ONCE), cut.split(RESIZED_AT_ONCE), strict=True):
+        part = _tensor(frames[start : start + RESIZED_AT_ONCE]).cpu()
+        if resized != (height, width):
+            part = F.interpolate(part.movedim(-1, 1), resized, mode="bilinear", antialias=True).movedim(1, -1)
+        into[:] = part[:, crop.top : crop.top + size, crop.left : crop.left + size]
+    return cut
+
+
+def _tensor(array: np.ndarray | Tensor) -> Tensor:
+    """A tensor of it; of an array a copy, since arrays may be read-only or run backwards."""
+    return array if isinstance(array, Tensor) else torch.from_numpy(array.copy())

@@ -1,0 +1,217 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchaudio.functional
+from torch import Tensor
+
+from model.synchformer import SyncConfig, Synchformer, save_synchformer
+from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel
+from model.synchformer_visual import VisualTower, VisualTowerConfig, normalise
+from pipeline.sync_score import Layout, SyncScorer, best_of, synchrony
+from tests.model.fill import fill_module
+
+SMALL_VISUAL = VisualTowerConfig(image_size=28, patch_size=14, tubelet=2, width=22, depth=1, heads=2)
+SMALL_AUDIO = AudioTowerConfig(width=26, depth=1, heads=2)
+SMALL = SyncConfig(visual_width=22, audio_width=26, width=21, depth=2, heads=3)
+RATE = 16000
+
+
+def network(config: SyncConfig = SMALL) -> Synchformer:
+    model = Synchformer(VisualTower(SMALL_VISUAL), AudioTower(SMALL_AUDIO), config).eval()
+    fill_module(model)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "sync.safetensors"
+    save_synchformer(path, network())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def scorer(weights: str) -> SyncScorer:
+    return SyncScorer(weights, "cpu", batch_segments=5)
+
+
+def pictures(frames: int, height: int = 32, width: int = 41, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def sound(frames: float, seed: int = 0, channels: int = 1) -> np.ndarray:
+    """Noise that swells and fades, as long as so many pictures, at 16 kHz."""
+    rng, samples = np.random.default_rng(seed), round(frames * 640)
+    swell = np.sin(np.arange(samples) / rng.uniform(300, 9000)) ** 2
+    return (rng.standard_normal((channels, samples)) * swell / 5).astype(np.float32)
+
+
+def oracle(frames: np.ndarray, wave: np.ndarray) -> Tensor:
+    """Logits of one window: every segment cut out and sent through the whole network, nothing shared and nothing batched."""
+    cut = torch.from_numpy(frames[:, 2:30, 6:34].copy())  # the middle 28 of 32 and of 41, rounded down from 6.5
+    pixels = torch.stack([normalise(cut[8 * i : 8 * i + 16]) for i in range(14)])
+    heard = torch.stack([LogMel()(torch.from_numpy(wave[0, 5120 * i : 5120 * i + 10240])) for i in range(14)])
+    return network()(pixels[None], heard[None])[0]
+
+
+# --- which segments and windows ---
+
+
+def test_a_clip_of_one_window_is_fourteen_segments() -> None:
+    for frames in (120, 125, 127):
+        layout = Layout.of(frames, 14)
+        assert layout.starts == tuple(range(0, 105, 8)) and layout.windows.tolist() == [[*range(14)]]
+
+
+def test_windows_of_a_long_clip_overlap_by_half_and_reach_its_end() -> None:
+    layout = Layout.of(250, 14)
+    assert len(layout.starts) == 30 and layout.starts[-1] + 16 <= 250 < layout.starts[-1] + 16 + 8
+    assert layout.windows[:, 0].tolist() == [0, 7, 14, 16]
+    assert layout.windows.diff(dim=1).eq(1).all() and layout.windows.max() == 29
+    assert Layout.of(128, 14).windows[:, 0].tolist() == [0, 1]
+    assert set(Layout.of(1000, 14).windows.flatten().tolist()) == set(range(124))
+
+
+def test_a_short_clip_goes_round_and_no_segment_is_there_twice() -> None:
+    assert Layout.of(64, 14).starts == tuple(range(0, 64, 8))
+    assert Layout.of(64, 14).windows.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5]]
+    odd = Layout.of(61, 14)
+    assert [odd.starts[i] for i in odd.windows[0].tolist()] == [8 * i % 61 for i in range(14)]
+    with pytest.raises(ValueError, match=r"15 frames at 25 fps; .* is 16"):
+        Layout.of(15, 14)
+
+
+# --- the network's answer ---
+
+
+@torch.inference_mode()
+def test_one_window_is_what_the_network_says(scorer: SyncScorer) -> None:
+    frames, wave = pictures(120), sound(120)
+    found = scorer.offsets(frames, wave, RATE)
+    assert found.shape == (21,) and found.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(found, oracle(frames, wave).softmax(-1), atol=1e-5, rtol=1e-4)
+    assert found.max() > 2 / 21
+
+
+@torch.inference_mode()
+def test_a_long_clip_is_the_mean_of_its_windows(scorer: SyncScorer) -> None:
+    frames, wave = pictures(251), sound(251)
+    firsts = [0, 56, 112, 128]
+    windows = [oracle(frames[i : i + 120], wave[:, i * 640 : (i + 120) * 640]).softmax(-1) for i in firsts]
+    torch.testing.assert_close(scorer.offsets(frames, wave, RATE), torch.stack(windows).mean(0), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frames", [64, 61, 17])
+def test_a_short_clip_is_repeated(scorer: SyncScorer, frames: int) -> None:
+    clip, wave = pictures(frames), sound(frames)
+    repeated = np.tile(clip, (8, 1, 1, 1))[:120], np.tile(wave, 8)[:, : 120 * 640]
+    torch.testing.assert_close(scorer.offsets(clip, wave, RATE), oracle(*repeated).softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_clip_gives_the_same_answer_to_the_bit(scorer: SyncScorer, weights: str) -> None:
+    frames, wave = pictures(139), sound(139)
+    first = scorer.offsets(frames, wave, RATE)
+    assert torch.equal(first, scorer.offsets(frames, wave, RATE))
+    assert torch.equal(first, SyncScorer(weights, "cpu", batch_segments=5).offsets(torch.from_numpy(frames), torch.from_numpy(wave), RATE))
+
+
+def test_arithmetic_in_bfloat16_is_close_and_batches_do_not_matter(weights: str, scorer: SyncScorer) -> None:
+    frames, wave = pictures(139), sound(139)
+    expected = scorer.offsets(frames, wave, RATE)
+    torch.testing.assert_close(SyncScorer(weights, "cpu", batch_segments=3).offsets(frames, wave, RATE), expected, atol=1e-5, rtol=1e-4)
+    assert 1e-6 < (SyncScorer(weights, "cpu", "bf16").offsets(frames, wave, RATE) - expected).abs().max() < 0.02
+
+
+# --- pictures and sound as they come ---
+
+
+def test_sound_at_other_rates_and_in_stereo(scorer: SyncScorer) -> None:
+    frames = pictures(120)
+    wave = torchaudio.functional.resample(torch.from_numpy(sound(120.3)), 8000, 16000)[:, : 120 * 640].numpy()  # nothing above 4 kHz
+    expected = scorer.offsets(frames, wave, RATE)
+    faster = torchaudio.functional.resample(torch.from_numpy(wave), RATE, 44100)
+    torch.testing.assert_close(scorer.offsets(frames, faster, 44100), expected, atol=2e-2, rtol=0)
+    both = np.concatenate([wave + 0.1, wave - 0.1])
+    torch.testing.assert_close(scorer.offsets(frames, both, RATE), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_sound_that_ends_early_is_silent_then_and_what_is_too_long_is_not_heard(scorer: SyncScorer) -> None:
+    frames, wave = pictures(120), sound(120)
+    longer = np.concatenate([wave, sound(30, seed=1)], axis=1)
+    assert torch.equal(scorer.offsets(frames, longer, RATE), scorer.offsets(frames, wave, RATE))
+    shorter, silent = wave[:, :50001], wave.copy()
+    silent[:, 50001:] = 0
+    assert torch.equal(scorer.offsets(frames, shorter, RATE), scorer.offsets(frames, silent, RATE))
+    assert not torch.equal(scorer.offsets(frames, silent, RATE), scorer.offsets(frames, wave, RATE))
+
+
+@pytest.mark.parametrize(("height", "width"), [(41, 32), (32, 32), (32, 60)])
+def test_pictures_of_the_networks_own_size_are_only_cut(scorer: SyncScorer, height: int, width: int) -> None:
+    frames = pictures(16, height, width)
+    top, left = round((height - 28) / 2), round((width - 28) / 2)
+    centre = frames[:, top : top + 28, left : left + 28]
+    framed = np.zeros((16, 32, 32, 3), np.uint8)
+    framed[:, 2:30, 2:30] = centre
+    assert torch.equal(scorer.see(frames).tokens, scorer.see(framed).tokens)
+
+
+def test_larger_pictures_are_brought_to_size(scorer: SyncScorer) -> None:
+    small = pictures(16)
+    # Flat squares and smooth edges only: what becomes of finer detail is up to the filter.
+    small = np.repeat(np.repeat(small[:, ::8, ::8], 8, axis=1), 8, axis=2)[:, :32, :41]
+    large = np.repeat(np.repeat(small, 3, axis=1), 3, axis=2)
+    expected, found = scorer.see(small).tokens, scorer.see(large).tokens
+    assert (found - expected).std() / expected.std() < 0.2
+    assert (scorer.see(pictures(16, seed=1)).tokens - expected).std() / expected.std() > 0.5
+    read_only = large[:, ::-1]
+    read_only.flags.writeable = False
+    assert scorer.see(read_only).tokens.shape == (14, 8, 22)
+
+
+# --- candidates ---
+
+
+def test_candidates_together_are_as_one_by_one_and_the_pictures_are_seen_once(scorer: SyncScorer) -> None:
+    frames = pictures(139)
+    waves = [sound(139, seed=1), sound(100.5, seed=2, channels=2), sound(150, seed=3)]
+    one_by_one = torch.stack([scorer.offsets(frames, wave, RATE) for wave in waves])
+    passes: list[int] = []
+    hook = scorer.model.vfeat_extractor.register_forward_hook(lambda _module, _args, out: passes.append(len(out)))
+    index, scores = scorer.best(frames, waves, RATE)
+    hook.remove()
+    assert sum(passes) == len(Layout.of(139, 14).starts)
+    torch.testing.assert_close(scorer.compare(scorer.see(frames), waves, RATE), one_by_one, atol=1e-5, rtol=1e-4)
+    assert scores == pytest.approx(one_by_one[:, 9:12].sum(1).tolist(), abs=1e-5)
+    assert scores[index] == max(scores) and len(set(scores)) == 3
+
+
+def test_the_best_has_most_within_one_class_then_most_at_no_offset() -> None:
+    probabilities = torch.zeros(5, 21)
+    probabilities[0, [5, 10]] = torch.tensor([0.6, 0.4])
+    probabilities[1, [9, 11]] = torch.tensor([0.5, 0.25])
+    probabilities[2, [10, 9]] = torch.tensor([0.5, 0.25])
+    probabilities[3, [8, 12]] = torch.tensor([0.5, 0.5])
+    probabilities[4, [10, 11]] = torch.tensor([0.5, 0.25])
+    assert synchrony(probabilities).tolist() == pytest.approx([0.4, 0.75, 0.75, 0, 0.75])
+    assert best_of(probabilities) == 2
+    assert best_of(probabilities[:2]) == 1
+
+
+# --- what cannot be done ---
+
+
+def test_wrong_inputs_are_refused(scorer: SyncScorer, weights: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="15 frames"):
+        scorer.offsets(pictures(15), sound(15), RATE)
+    with pytest.raises(ValueError, match=r"\(1, 0\); expected \[channels, samples\]"):
+        scorer.offsets(pictures(16), np.zeros((1, 0), np.float32), RATE)
+    with pytest.raises(ValueError, match="no sound"):
+        scorer.best(pictures(16), [], RATE)
+    with pytest.raises(ValueError, match="batch_segments is 0"):
+        SyncScorer(weights, "cpu", batch_segments=0)
+    other = network(SyncConfig(**{**vars(SMALL), "head": "synchronisable", "segments": 13}))
+    save_synchformer(tmp_path / "other.safetensors", other)
+    with pytest.raises(ValueError, match="give a network like `sync`"):
+        SyncScorer(str(tmp_path / "other.safetensors"), "cpu")
