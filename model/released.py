@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -180,9 +180,7 @@ def unpack(archive: Path, target: Path, *, compressed: bool) -> tuple[str, str]:
                     name = member.name.rpartition("/")[2]
                     # Names with a dot in front are what macOS adds to archives.
                     if member.isreg() and name.endswith(".ckpt") and not name.startswith(".") and (not best or rank(name) < rank(best)):
-                        content = tar.extractfile(member)
-                        assert content is not None
-                        best, sha256 = name, _copy(content, target, lambda: bar.update(raw.tell() - bar.n))
+                        best, sha256 = name, _extract(tar, member, target, lambda: bar.update(raw.tell() - bar.n))
             while stream.read(1 << 20):  # what is left, for gzip's checksum at the end
                 bar.update(raw.tell() - bar.n)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -198,9 +196,10 @@ def _refuse_outside(archive: Path, member: tarfile.TarInfo) -> None:
             raise ValueError(f"{archive}: refused. Its entry {member.name!r} leads out of the archive ({path!r}); get it from its publisher")
 
 
-def _copy(content: IO[bytes], target: Path, progress: Callable[[], object]) -> str:
-    """Writes a stream to a file and returns its sha256."""
-    digest = hashlib.sha256()
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, progress: Callable[[], object]) -> str:
+    """Writes an entry's content to a file of our choice, and returns its sha256."""
+    content, digest = tar.extractfile(member), hashlib.sha256()
+    assert content is not None
     with target.open("wb") as file:
         while block := content.read(1 << 20):
             digest.update(block)
@@ -249,7 +248,8 @@ def fit(
         found.append((sizes := derive(), misfits(tensors, prefix, build, sizes)))
     except ValueError as error:
         problems.setdefault("sizes that cannot be", []).append(f"{prefix}* ({error})")
-    found.append((published, misfits(tensors, prefix, build, published)))
+    if not found or any(found[0][1].values()):
+        found.append((published, misfits(tensors, prefix, build, published)))
     sizes, least = min(found, key=lambda one: sum(map(len, one[1].values())))
     for what, names in least.items():
         problems.setdefault(what, []).extend(names)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from configs import storage
@@ -119,8 +120,9 @@ def read_model(folder: str | os.PathLike, *, name: str = LAST) -> Vaura:
     tensors, config = load_state(path)
     if config is None:
         raise ValueError(f"{path} has no configuration in its metadata; expected a file that `soundshard train` wrote")
-    model = Vaura(VauraConfig(**config))
-    load_strictly(model, tensors, source=path)
+    with torch.device("meta"):  # without random weights, which at full size take longer to draw than these to read
+        model = Vaura(VauraConfig(**config))
+    load_strictly(model, {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, source=path, assign=True)
     return model.eval()
 
 

@@ -304,8 +304,11 @@ def _unpickle(path: Path) -> Checkpoint:
         return Checkpoint(root, unpickler.skipped, release)
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Copies tensors into a module; raises ValueError naming what is missing, unexpected or of another shape, and then copies nothing."""
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path, assign: bool = False) -> None:
+    """Copies tensors into a module; raises ValueError naming what is missing, unexpected or of another shape, and then copies nothing.
+
+    `assign` makes the tensors themselves the module's, which may be without memory of its own (on the device `meta`).
+    """
     own = module.state_dict()
     problems = {
         "missing": [name for name in own if name not in tensors],
@@ -319,7 +322,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
     told = [f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for what, names in problems.items() if names]
     if told:
         raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(told))
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------------------
