@@ -175,8 +175,9 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b s d"], rope: Float[Tensor, "2 s c"], cache: KeyValueCache | None = None) -> Float[Tensor, "b s d"]:
         b, s, _ = x.shape
         qkv = self.wqkv(x).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        queries, keys = rotate(qkv[:2], rope).unbind(0)
-        values = qkv[2]
+        # Split and not indexed: going back, each index would make a gradient for all three and fill what it does not have with zeros.
+        turning, values = qkv.split((2, 1))
+        (queries, keys), values = rotate(turning, rope).unbind(0), values.squeeze(0)
         if cache is not None:
             # The causal mask below is aligned to the first key, so several positions at once must be the first ones.
             assert s == 1 or cache.length == 0

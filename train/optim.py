@@ -76,8 +76,8 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> None:
     """Limit the gradients in place, as `config` says. Of sharded ones each process limits its own part; a norm is that of the whole."""
     if config.clip > 0 and config.clip_by == "value":
-        parts = [local(p.grad) for p in parameters if p.grad is not None]
-        torch._foreach_clamp_min_(parts, -config.clip)
-        torch._foreach_clamp_max_(parts, config.clip)
+        # One pass over each gradient: torch's own way clamps all from below and then all from above.
+        for gradient in [local(p.grad) for p in parameters if p.grad is not None]:
+            gradient.clamp_(-config.clip, config.clip)
     elif config.clip > 0:
         nn.utils.clip_grad_norm_(parameters, config.clip)

@@ -103,3 +103,17 @@ def test_killed_training_has_the_curve_of_one_that_was_not(tmp_path: Path) -> No
     assert curves["one"] == curves["straight"] and [step for step, _ in curves["straight"]] == [*range(1, reached + 10)]
     assert [step for step, _ in curves["two"]] == [*range(1, reached + 10)]
     assert [loss for _, loss in curves["two"]] == pytest.approx([loss for _, loss in curves["straight"]], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(tmp_path: Path) -> None:
+    # In a process of its own: run-time shape checks, on under pytest, are not the compiler's business.
+    data = write_features(tmp_path / "data", clips=11)
+    options = [*NO_DRAWS, "trainer.max_steps=4", "trainer.log_every=1"]
+    job = start(data, tmp_path / "compiled", *options, "trainer.compile=true", "trainer.checkpoint_activations=true")
+    errors = job.communicate(timeout=300)[1]
+    assert job.returncode == 0, errors
+    run(small_config(data, tmp_path / "plain", *options))
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("compiled", "plain")]
+    assert len(losses[1]) == 4 and losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert load_file(tmp_path / "compiled/model.safetensors").keys() == load_file(tmp_path / "plain/model.safetensors").keys()

@@ -11,11 +11,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.load import JobError, load
+from model.generate import Sampling, generate
 from model.run_folder import read_config, read_model, read_run_folder
-from model.vaura import VauraConfig
+from model.vaura import Vaura, VauraConfig, forward_flops
 from shards.dataset import fingerprint
+from shards.read import Index
+from shards.stream import FeatureStream, StreamConfig
+from shards.windows import Batch
 from tests.train.data import CARD, CODEBOOKS, TEN_STEPS, WIDTH, small_config, write_features
 from train.callbacks import read_metrics
+from train.optim import build_optimiser
 from train.trainer import TrainerConfig
 from train.vaura import ModelOptions, TrainConfig, VauraModule, derive_model, main, run
 
@@ -47,6 +52,24 @@ def test_published_recipe_is_the_default_and_the_yaml() -> None:
     assert default.schedule.total_steps is None and published.schedule.total_steps == 200_000 == default.trainer.max_steps
     assert (published.optimiser, published.stream, published.model) == (default.optimiser, default.stream, default.model)
     assert (published.schedule.warmup_steps, published.schedule.floor, published.trainer.precision) == (1000, 0.1, "16-mixed")
+    assert (default.embeddings, published.embeddings) == ("auto", "codec")
+    assert (published.ema.decay, published.preview.clips, published.trainer.accumulate, published.trainer.strategy) == (0, 0, 1, "auto")
+
+
+def test_published_hyper_parameters() -> None:
+    """Those in the released checkpoint's `hyper_parameters` and in its optimiser's state, by their values there."""
+    published = load(TrainConfig, ["config=train_vaura", "data=d", "out=o"])
+    model, optimiser, stream = published.model, published.optimiser, published.stream
+    assert (model.layers, model.width, model.heads, model.dropout, model.max_steps) == (24, 1536, 16, 0.1, 0)
+    assert (model.width - model.visual_width, model.width / model.visual_width) == (1024, 3)  # d_codebook, cond_feature_channel_scaler
+    assert derive_model(model, DAC, stream.segments).max_steps == 256 and VauraConfig().feed_forward_width == 4096
+    assert (optimiser.learning_rate, optimiser.weight_decay, optimiser.beta1, optimiser.beta2) == (1.08e-4, 1.08e-5, 0.9, 0.95)
+    assert (optimiser.clip, optimiser.clip_by) == (1.0, "value")
+    assert (stream.batch_size, stream.segments, published.schedule.total_steps) == (12 * 4, 4, 200_000)
+    with torch.device("meta"):
+        groups = build_optimiser(Vaura(VauraConfig()).parameters(), optimiser, fused=False).param_groups
+    assert [(len(group["params"]), sum(p.numel() for p in group["params"])) for group in groups] == [(159, 694_445_640), (58, 84_480)]
+    assert [(group["weight_decay"], group["betas"], group["eps"]) for group in groups] == [(1.08e-5, (0.9, 0.95), 1e-8), (0, (0.9, 0.95), 1e-8)]
 
 
 def test_half_precision_only_where_it_pays() -> None:
@@ -91,13 +114,53 @@ def test_a_value_that_agrees_is_taken() -> None:
 # --- learning -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_overfits_one_small_shard(tmp_path: Path) -> None:
-    data = write_features(tmp_path / "data", clips=2)
-    model = ["model.layers=1", "model.width=96", "model.visual_width=48", "model.heads=2", "model.dropout=0", "model.guidance_dropout=0"]
-    run(small_config(data, tmp_path / "run", *model, "stream.segments=5", "stream.batch_size=2", "trainer.max_steps=60", "trainer.log_every=20"))
+def test_overfits_one_shard_and_generates_its_codes(tmp_path: Path) -> None:
+    data = write_features(tmp_path / "data", clips=3, lengths=(1,))
+    model = ["model.width=64", "model.visual_width=32", "model.heads=2", "model.dropout=0", "model.guidance_dropout=0", "model.feed_last_step=true"]
+    options = ["stream.segments=1", "stream.batch_size=3", "trainer.max_steps=60", "trainer.log_every=20", "schedule.warmup_steps=10"]
+    run(small_config(data, tmp_path / "run", *model, *options))
     losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
     assert losses[0] == pytest.approx(math.log(CARD), abs=1e-6)
     assert losses[-1] < 0.1 * math.log(CARD)
+    trained, windows = read_model(tmp_path / "run"), first_windows(data, "train", 3, 1)
+    tokens, sampling = windows["features"].flatten(1, 2).float(), Sampling(greedy=True, guidance=1.0)
+    assert torch.equal(generate(trained, tokens, steps=48, sampling=sampling), windows["codes"])
+    # From the pictures, and not from the place in the batch: another clip's pictures give another clip's codes.
+    assert torch.equal(generate(trained, tokens.flip(0), steps=48, sampling=sampling), windows["codes"].flip(0))
+
+
+def first_windows(data: Path, split: str, clips: int, segments: int) -> Batch:
+    return next(iter(FeatureStream(Index.open(data, split), StreamConfig(batch_size=clips, segments=segments), 0, 1, shuffle=False)))
+
+
+def test_windows_longer_than_those_published(tmp_path: Path) -> None:
+    """8 segments, 5.12 s: 6 steps of EnCodec to a video token throughout, and as many positions as that takes."""
+    data = write_features(tmp_path / "data", clips=3, lengths=(9,))
+    folder = run(small_config(data, tmp_path / "run", "stream.segments=8", "stream.batch_size=2", "trainer.max_steps=4"))
+    config, model = read_run_folder(folder)
+    assert (model.config.window_tokens, model.config.max_steps, config.codec_clock.steps_in(8)) == (64, 8 * 48 + CODEBOOKS, 384)
+    features = torch.randn(1, 64, WIDTH)
+    aligned = model.align(features, 384 + CODEBOOKS - 1)
+    tokens = model.cls_embeddings.projection(features)
+    assert torch.equal(aligned[:, :384], tokens.repeat_interleave(6, dim=1))
+    assert torch.equal(aligned[:, 384:], model.empty_video_emb.expand(1, CODEBOOKS - 1, -1))
+    assert generate(model, features, steps=384, sampling=Sampling(guidance=2.0), seeds=[1]).shape == (1, CODEBOOKS, 384)
+
+
+def test_recomputed_activations_train_the_same(data: Path, straight: Path, tmp_path: Path) -> None:
+    run(small_config(data, tmp_path, *TEN_STEPS, "trainer.checkpoint_activations=true"))
+    assert_same_weights(straight, tmp_path)
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [row["loss"] for row in read_metrics(straight)]
+
+
+def test_the_unconditional_embedding_trains_if_asked_to(data: Path, straight: Path, tmp_path: Path) -> None:
+    name, seed = "cls_embeddings.uncond_embedding", ["trainer.max_steps=10", "schedule.total_steps=10", "model.guidance_dropout=0.5"]
+    learning = run(small_config(data, tmp_path / "learning", *seed, "model.train_unconditional=true"))
+    fixed = run(small_config(data, tmp_path / "fixed", *seed))
+    assert weights(learning).keys() == weights(fixed).keys() == weights(straight).keys()
+    assert torch.equal(weights(fixed)[name], weights(straight)[name]) and not torch.equal(weights(learning)[name], weights(fixed)[name])
+    with pytest.raises(ValueError, match=r"model.train_unconditional: False there, True here"):
+        run(small_config(data, fixed, *seed, "model.train_unconditional=true", "trainer.ckpt_path=last", "trainer.max_steps=12"))
 
 
 def test_lightning_still_has_what_is_replaced() -> None:
@@ -314,6 +377,8 @@ def test_metrics_rows(straight: Path) -> None:
     for row in rows:
         assert row["loss"] == pytest.approx(sum(row["per_codebook"]) / CODEBOOKS) and len(row["per_codebook"]) == CODEBOOKS
     assert all(0 <= r["data_wait_fraction"] <= 1 and r["samples_per_second"] > 0 for r in rows if r["split"] == "train")
+    operations = 3 * forward_flops(read_config(straight).model, 96 + CODEBOOKS - 1, 16) / 1e12
+    assert all(r["model_teraflops_per_second"] == pytest.approx(r["samples_per_second"] * operations) for r in rows if r["split"] == "train")
     assert [r["samples"] for r in rows if r["split"] == "validation"] == [7, 7]
     # The rate of the step that made the row: steps are counted from 1, the schedule from 0.
     assert [r["learning_rate"] for r in rows if r["split"] == "train"][:2] == pytest.approx([0, 0.01 * 2 / 3])
