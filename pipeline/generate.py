@@ -1,43 +1,50 @@
 """`soundshard generate`: a run folder and videos -> the videos with generated sound. The pictures are copied, not encoded again."""
 
+import csv
 import hashlib
+import io
 import json
+import math
+import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from jaxtyping import Float16, Float32
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from configs import storage
-from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_SECONDS
+from configs.clock import FRAME_RATE_HZ
 from configs.load import JobError, job_main, to_plain
-from model.generate import Sampling, generate_windows
-from model.run_folder import RunConfig, local_run, read_config, read_run_folder
+from model.engine import EngineOptions
+from model.run_folder import local_run, read_config
 from model.weights import resolve, sha256_file
-from pipeline.discover import Clip, DiscoverConfig, discover
-from pipeline.features import DTYPES, CodecOptions, Decoded, FeatureOptions, Featuriser, TowerOptions, open_codec
+from pipeline.discover import VIDEO_SUFFIXES, Clip, DiscoverConfig, discover, key_of
+from pipeline.features import Decoded, Features, TowerOptions
 from pipeline.featurise import cluster_device
 from pipeline.isolate import Limits, call
-from pipeline.media import MediaError, decode_video, fetched, mux, write_wav
+from pipeline.media import MediaError, WavWriter, fetched, mux_wav, transcode_original, video_frames
+from pipeline.normalise import Meter, Normalisation, normalise_wav
 from pipeline.ray_loop import RayConfig, cluster
+from pipeline.sounder import Networks, Sound, Sounder, SoundOptions, clip_seed, find_networks
+from pipeline.stretch import Stretch, clip_pictures, whole_segments
+from pipeline.sync_score import SyncScorer
 from shards.dataset import fingerprint
 from shards.read import Index
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DiscoverConfig):
+class GenerateConfig(SoundOptions, DiscoverConfig):
     """Options of `soundshard generate`."""
 
     source: str = ""
@@ -46,23 +53,28 @@ class GenerateConfig(DiscoverConfig):
     """A media dataset to take the videos from instead."""
     data_split: str = ""
     """Split of `data`; empty takes all."""
+    starts: str = ""
+    """A csv with the header `file,start_sec` (the published test sets): takes these videos only, each from its start; those not there are rows
+    that have failed."""
     run: str = "???"
-    """Run folder of `soundshard train`."""
+    """Run folder of `soundshard train`, or of `soundshard weights get=vaura`."""
     weights: str = "model"
-    """Which weights of the run: `model` (the latest) or `best` (the smallest validation loss)."""
+    """Which weights of the run: `model` (the latest), `best` (the smallest validation loss) or `ema` (their moving average)."""
     out: str = "???"
     """Where KEY.mp4, KEY.wav, KEY.json and ledger.parquet go: a folder or a prefix in an object store."""
     limit: int = 0
     """Videos to do at most, the first in the order of keys; 0 does all."""
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 666
-    """Each clip samples from a generator seeded by this and its key, whatever clips share its batch."""
-    duration_seconds: float = 0.0
-    """Length to generate, in whole segments of 0.64 s; 0 covers the video."""
-    stride_segments: int = 1
-    """Segments by which the window moves over a video longer than the training window; the codes already there are the prompt."""
+    normalisation: Normalisation = field(default_factory=lambda: Normalisation(norm="none"))
+    originals: bool = False
+    """Write KEY.original.mp4 beside: the same stretch with the video's own sound, compressed."""
+    candidates: int = 1
+    """Sounds to make for each video, of which the one that is best in sync is kept; needs sync_weights. Films get one."""
+    sync_weights: str = "sync"
+    """Synchformer's weights that judge the candidates: a file, or the name of published ones (`soundshard weights`)."""
     batch_clips: int = 8
     """Videos generated together."""
+    film_seconds: float = 60.0
+    """Videos longer than this are done one at a time as a stream, in memory that does not depend on their length."""
     short_side: int = 256
     """Size to which videos (not those of a media dataset) are brought before the tower's centre crop, as the re-encoder did for training."""
     actors: int = 1
@@ -73,42 +85,63 @@ class GenerateConfig(DiscoverConfig):
     """The codec's weights file; empty takes the one that the run was trained on."""
     precision: str = "fp32"
     """Arithmetic of the decoder: fp32, bf16 or fp16."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
     ray: RayConfig = field(default_factory=RayConfig)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every process must know beside the options: where the networks are, what is asked of them."""
+    """What every process must know beside the options: where the networks are, where videos start, and what is asked for."""
 
-    tower: str
-    codec: str
-    segments: int
-    """Segments to generate; 0 covers the video."""
+    networks: Networks
+    starts: dict[str, float]
+    """Seconds at which a video's stretch starts, by key; 0 for those not in it."""
     request: str
     """Identifies the run's weights and the options that decide the sound; kept in KEY.json, so that a rerun knows what is done."""
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a batch has done since it last said so."""
+
+    sound_seconds: float = 0.0
+    row: dict[str, Any] | None = None
+
+
+class Film(MediaError):  # noqa: N818 - not an error
+    """Not an error: the video is too long to be taken at once."""
+
+
 def run(config: GenerateConfig) -> list[dict[str, Any]]:
     """Put generated sound under videos: for each an mp4 with the original pictures, a wav and a ledger row."""
-    local = local_run(config.run)
-    trained = read_config(local)
-    segments = whole_segments(config.duration_seconds)
-    config = replace(config, run=storage.absolute(config.run), data=storage.absolute(config.data) if config.data else "")
-    job = Job(*find_networks(config, trained, local), segments, request_id(config, segments, local))
-    clips, out = videos(config), storage.absolute(config.out)
-    config = replace(config, out=out)
-    todo = [clip for clip in clips if not _is_done(out, clip, job)]
+    trained = read_config(local_run(config.run))
+    config.check(trained)
+    if config.candidates < 1 or config.batch_clips < 1:
+        raise ValueError(f"candidates={config.candidates}, batch_clips={config.batch_clips}: expected 1 or more")
+    config = replace(
+        config,
+        run=storage.absolute(config.run),
+        data=storage.absolute(config.data) if config.data else "",
+        out=storage.absolute(config.out),
+        sync_weights=str(resolve(config.sync_weights).absolute()) if config.candidates > 1 else "",
+    )
+    networks = find_networks(
+        config.run, tower=config.tower, codec=config.codec_weights, weights=config.weights, precision=config.precision, engine=config.engine
+    )
+    clips, starts = videos(config)
+    job = Job(networks, starts, request_id(config, networks.run, starts))
+    todo = [clip for clip in clips if not _is_done(config.out, clip, job)]
     print(f"generate: {len(clips) - len(todo)} videos done, {len(todo)} to do", flush=True)
     if todo:
         with cluster(config.ray) as ray_cluster:
             ray_cluster.start()
             _generate_all(config, job, todo)
-    rows = [json.loads(storage.read_bytes(_row_path(out, clip))) for clip in clips]
-    ledger = storage.join(out, "ledger.parquet")
+    rows = [json.loads(storage.read_bytes(_row_path(config.out, clip))) for clip in clips]
+    ledger = storage.join(config.out, "ledger.parquet")
     write_table(ledger, rows)
     reasons = Counter(row["reason"] for row in rows if row["status"] == "failed")
     why = f" ({', '.join(f'{reason} {count}' for reason, count in sorted(reasons.items()))})" if reasons else ""
-    print(f"generate: {len(rows) - reasons.total()} ok, {reasons.total()} failed{why} -> {out}", flush=True)
+    print(f"generate: {len(rows) - reasons.total()} ok, {reasons.total()} failed{why} -> {config.out}", flush=True)
     if rows and reasons.total() == len(rows):
         raise JobError(f"generate: none of {len(rows)} videos could be done; {ledger} has the reasons, the first is: {rows[0]['message']}")
     return rows
@@ -117,105 +150,207 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
 def _generate_all(config: GenerateConfig, job: Job, todo: list[Clip]) -> None:
     """Deal batches of videos to the processes that hold the networks."""
     if config.tower.device == "auto":
-        config = replace(config, tower=replace(config.tower, device=cluster_device()))
-    batches = [todo[start : start + config.batch_clips] for start in range(0, len(todo), config.batch_clips)]
+        tower = replace(config.tower, device=cluster_device())
+        config = replace(config, tower=tower)
+        job = replace(job, networks=replace(job.networks, tower=replace(job.networks.tower, device=tower.device)))
+    waiting = deque(todo[start : start + config.batch_clips] for start in range(0, len(todo), config.batch_clips))
     on_gpu = config.tower.device.startswith("cuda")
     remote = ray.remote(Generator).options(num_gpus=int(on_gpu), num_cpus=1 if on_gpu else config.tower.threads, max_restarts=2, max_task_retries=2)
-    pool = ray.util.ActorPool([remote.remote(config, job) for _ in range(min(config.actors, len(batches)))])
-    failed = 0
-    with tqdm(total=len(todo), desc="generate", unit="video") as bar:
-        for rows in pool.map_unordered(lambda actor, batch: actor.batch.remote(batch), batches):
-            failed += sum(row["status"] == "failed" for row in rows)
-            bar.update(len(rows))
-            bar.set_postfix(failed=failed)
+    idle: deque[Any] = deque(remote.remote(config, job) for _ in range(min(config.actors, len(waiting))))
+    running: dict[ray.ObjectRefGenerator, Any] = {}
+    with Bar(len(todo)) as bar:
+        while running or waiting:
+            while idle and waiting:
+                actor = idle.popleft()
+                running[actor.batch.options(num_returns="streaming").remote(waiting.popleft())] = actor
+            ready: list[Any] = ray.wait(list(running), num_returns=1)[0]
+            for batch in ready:
+                try:
+                    bar.update(cast(Progress, ray.get(next(batch))))
+                except StopIteration:
+                    idle.append(running.pop(batch))
+
+
+class Bar:
+    """One line: videos, failures, and how fast sound comes out."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc="generate", unit="video")
+        self._seconds, self._failed = 0.0, 0
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, progress: Progress) -> None:
+        """Count what a batch has done."""
+        self._seconds += progress.sound_seconds
+        if progress.row is not None:
+            self._failed += progress.row["status"] == "failed"
+            self._bar.update()
+        taken = max(self._bar.format_dict["elapsed"], 1e-3)
+        self._bar.set_postfix_str(f"failed={self._failed}, {self._seconds:.0f} s of sound, {self._seconds / taken:.2g} x real time")
 
 
 class Generator:
-    """A process that holds tower, decoder and codec, and puts sound under batches of videos."""
+    """A process that holds the networks and puts sound under batches of videos."""
 
     def __init__(self, config: GenerateConfig, job: Job) -> None:
         self.config, self.job = config, job
-        trained, model = read_run_folder(local_run(config.run), name=config.weights)
-        self.window_segments = trained.window_segments
-        # Contiguous segments from the start: V-AURA's own grid.
-        options = FeatureOptions(hop_frames=SEGMENT_FRAMES, tower=replace(config.tower, weights=job.tower))
-        self.featuriser = Featuriser(options, with_codec=False)
-        self.model = model.to(self.featuriser.device, DTYPES[config.precision]).eval()
-        bandwidth = trained.data["spec"]["codec"].get("bandwidth_kbps", CodecOptions.bandwidth_kbps)
-        self.codec = open_codec(CodecOptions(weights=job.codec, name=trained.data["spec"]["codec"]["name"], bandwidth_kbps=bandwidth))
-        self.codec.to(self.featuriser.device)
+        self.sounder = Sounder(job.networks, config)
         self.media = Index.open(config.data, kind="media") if config.data else None
+        self.scorer = SyncScorer(config.sync_weights, device=str(self.sounder.featuriser.device)) if config.candidates > 1 else None
+        self._pictures: dict[str, np.ndarray] = {}
 
-    def batch(self, clips: list[Clip]) -> list[dict[str, Any]]:
-        """Do a batch of videos; a row for each. Videos of equal length go through the decoder together."""
-        rows, by_length = [], {}
-        for clip, features in self.featuriser.run(clips, self._decode):
-            if isinstance(features, MediaError):
-                rows.append(self._finish(clip, {"status": "failed", "reason": features.reason, "message": features.message}))
+    def batch(self, clips: list[Clip]) -> Iterator[Progress]:
+        """Do a batch of videos. Those of equal length go through the decoder together; films follow, one after the other."""
+        films: list[Clip] = []
+        groups: dict[tuple[int, int], list[tuple[Clip, Features]]] = {}
+        for clip, features in self.sounder.featuriser.run(clips, self._decode):
+            if isinstance(features, Film):
+                films.append(clip)
+            elif isinstance(features, MediaError):
+                yield self._failed(clip, features)
             else:
-                by_length.setdefault(features.avclip.shape[1], []).append((clip, features))
-        for segments, members in sorted(by_length.items()):
-            waves = self._sounds([clip for clip, _ in members], np.stack([features.avclip[0] for _, features in members]))
-            for (clip, features), wave in zip(members, waves, strict=True):
-                # The last segment may have been filled up with a held picture; the sound ends with the pictures.
-                frames = min(features.frames, segments * SEGMENT_FRAMES)
-                rows.append(self._write(clip, wave[:, : round(Fraction(frames, FRAME_RATE_HZ) * self.codec.sample_rate_hz)], frames))
-        return rows
+                prompt_steps = 0 if features.codes is None else features.codes.shape[1]
+                groups.setdefault((features.avclip.shape[1], prompt_steps), []).append((clip, features))
+        for _, members in sorted(groups.items()):
+            yield from self._clips([clip for clip, _ in members], [features for _, features in members])
+        for clip in films:
+            yield from self._film(clip)
 
-    @torch.inference_mode()
-    def _sounds(self, clips: list[Clip], avclip: Float16[np.ndarray, "b segments tokens width"]) -> Float32[np.ndarray, "b channels samples"]:
-        """Sound for videos of equal length."""
-        tokens = torch.from_numpy(avclip).flatten(1, 2).to(self.featuriser.device, DTYPES[self.config.precision])
-        codes = generate_windows(
-            self.model,
-            tokens,
-            sampling=self.config.sampling,
-            window_segments=self.window_segments,
-            stride_segments=self.config.stride_segments,
-            seeds=[clip_seed(self.config.seed, clip.key) for clip in clips],
-        )
-        return self.codec.decode(codes).float().clamp(-1, 1).cpu().numpy()
+    def _clips(self, clips: list[Clip], features: list[Features]) -> Iterator[Progress]:
+        """Videos of equal length, with all their candidates, as one batch."""
+        sounder, each = self.sounder, self.config.candidates
+        tokens = sounder.as_tokens(np.stack([own.avclip[0] for own in features]).repeat(each, axis=0))
+        codes = [own.codes for own in features if own.codes is not None]
+        prompt = torch.from_numpy(np.stack(codes).astype(np.int64).repeat(each, axis=0)).to(tokens.device) if codes else None
+        pieces = []
+        for piece in sounder.waves([tokens], seeds=[self._seed(clip, n) for clip in clips for n in range(each)], prompt=prompt):
+            pieces.append(piece)
+            yield Progress(piece.shape[-1] * len(clips) / sounder.sample_rate_hz)
+        sounds = np.concatenate(pieces, axis=-1).reshape(len(clips), each, *pieces[0].shape[1:-1], -1)
+        for clip, own, candidates in zip(clips, features, sounds, strict=True):
+            # The last segment may have been filled up with a held picture; the sound ends with the pictures.
+            whole = np.concatenate(list(sounder.cut([candidates], own.frames)), axis=-1)
+            yield self._best(clip, whole, own.frames)
+
+    def _best(self, clip: Clip, candidates: Float32[np.ndarray, "n channels samples"], frames: int) -> Progress:
+        """Write the candidate that is best in sync with the pictures."""
+        chosen: dict[str, Any] = {}
+        if self.scorer is not None:
+            best, scores = self.scorer.best(self._pictures.pop(clip.key), list(candidates), self.sounder.sample_rate_hz)
+            chosen = {"candidate": best, "sync_scores": [round(float(score), 6) for score in scores]}
+        with Draft(clip.key, self.sounder, self.config.normalisation) as draft:
+            draft.add(candidates[chosen.get("candidate", 0)])
+            return self._put(clip, draft, frames, chosen)
+
+    def _film(self, clip: Clip) -> Iterator[Progress]:
+        """A long video, written while it is made."""
+        sounder, stretch = self.sounder, self._stretch(clip)
+        try:
+            source = self._source(clip)
+            frames = stretch.frames_of(call(video_frames, source, limits=Limits()))
+            with Draft(clip.key, sounder, self.config.normalisation) as draft:
+                for piece in sounder.film(source, stretch, seed=self._seed(clip), short_side=self._short_side):
+                    draft.add(piece)
+                    yield Progress(piece.shape[-1] / sounder.sample_rate_hz)
+                yield self._put(clip, draft, frames, {})
+        except MediaError as error:
+            yield self._failed(clip, error)
+
+    def _seed(self, clip: Clip, candidate: int = 0) -> int:
+        return clip_seed(self.config.seed, f"{clip.key}#{candidate}" if candidate else clip.key)
+
+    def _stretch(self, clip: Clip) -> Stretch:
+        return Stretch.of(self.job.starts.get(clip.key, 0.0), self.config.segments)
+
+    @property
+    def _short_side(self) -> int | None:
+        return None if self.media else self.config.short_side
 
     def _source(self, clip: Clip) -> str | bytes:
         return fetched(clip.source) if self.media is None else self.media.bytes(self.media.row(clip.key), "mp4")
 
     def _decode(self, clip: Clip) -> Decoded:
-        """Pictures of whole segments: cut to the duration asked for, or the last one filled up by holding the last picture."""
+        """Pictures of whole segments, the last one filled up by holding the last picture, and the prompt's sound. Raises Film for a film."""
         if clip.reason:
             raise MediaError(clip.reason, clip.message or "")
-        frames = call(partial(decode_video, short_side=None if self.media else self.config.short_side), self._source(clip), limits=Limits())
-        wanted = self.job.segments or -(-len(frames) // SEGMENT_FRAMES)
-        if len(frames) < SEGMENT_FRAMES or len(frames) < self.job.segments * SEGMENT_FRAMES:
-            raise MediaError(
-                "too_short", f"{len(frames) / FRAME_RATE_HZ:.2f} s of pictures; wanted {float(max(1, self.job.segments) * SEGMENT_SECONDS):.2f} s"
-            )
-        held = np.repeat(frames[-1:], max(0, wanted * SEGMENT_FRAMES - len(frames)), axis=0)
-        return Decoded(np.concatenate([frames, held])[: wanted * SEGMENT_FRAMES], None, own_frames=len(frames))
+        source, stretch = self._source(clip), self._stretch(clip)
+        most = round(self.config.film_seconds * FRAME_RATE_HZ)
+        pictures = call(partial(clip_pictures, short_side=self._short_side, most_frames=most), source, stretch, limits=Limits())
+        if isinstance(pictures, int):
+            raise Film("film", f"{pictures / FRAME_RATE_HZ:.0f} s")
+        if self.scorer is not None:
+            self._pictures[clip.key] = pictures
+        return Decoded(whole_segments(pictures), self.sounder.prompt(source, stretch), own_frames=len(pictures))
 
-    def _write(self, clip: Clip, wave: np.ndarray, frames: int) -> dict[str, Any]:
-        seconds = frames / FRAME_RATE_HZ
-        with tempfile.TemporaryDirectory() as folder:
-            wav, mp4 = Path(folder, f"{clip.key}.wav"), Path(folder, f"{clip.key}.mp4")
-            write_wav(wav, wave, self.codec.sample_rate_hz)
-            try:
-                made = call(partial(mux, duration_seconds=seconds), self._source(clip), wave, self.codec.sample_rate_hz, mp4, limits=Limits())
-            except MediaError as error:
-                return self._finish(clip, {"status": "failed", "reason": error.reason, "message": error.message})
-            for path in (wav, made.path):
-                storage.write_bytes(storage.join(self.config.out, path.name), path.read_bytes())
-        return self._finish(clip, {"status": "ok", "duration_seconds": seconds, "mp4": made.path.name, "wav": wav.name})
+    def _put(self, clip: Clip, draft: "Draft", frames: int, more: dict[str, Any]) -> Progress:
+        """Put the finished sound under the pictures, and everything where it belongs; the row last: its presence says that the clip is done."""
+        config, stretch, seconds = self.config, self._stretch(clip), frames / FRAME_RATE_HZ
+        place = {"start_seconds": stretch.start_seconds, "duration_seconds": seconds}
+        limits = Limits(clip_seconds=300.0 + seconds)
+        try:
+            source = self._source(clip)
+            wav, note = draft.finish()
+            made = call(partial(mux_wav, **place), source, wav, draft.folder / f"{clip.key}.mp4", limits=limits)
+            results = {"mp4": made.path, "wav": wav}
+            if config.originals:
+                transcoded = partial(transcode_original, **place)
+                results["original"] = call(transcoded, source, draft.folder / f"{clip.key}.original.mp4", limits=limits).path
+        except MediaError as error:
+            return self._failed(clip, error)
+        for path in results.values():
+            with path.open("rb") as file, storage.writing(storage.join(config.out, path.name)) as out:
+                shutil.copyfileobj(file, out, 1 << 20)
+        names = {name: path.name for name, path in results.items()}
+        notes = "; ".join(filter(None, [note, made.note])) or None
+        result = {"status": "ok", "message": notes, "start_seconds": float(stretch.start_seconds), "duration_seconds": seconds}
+        return self._finish(clip, {**result, **names, **more})
 
-    def _finish(self, clip: Clip, result: dict[str, Any]) -> dict[str, Any]:
-        """Write the clip's row last: its presence says that the clip is done."""
-        empty = {"status": None, "reason": None, "message": None, "duration_seconds": None, "mp4": None, "wav": None}
-        seed = clip_seed(self.config.seed, clip.key)
-        row = {"key": clip.key, "source": clip.source, **empty, **result, "seed": seed, "request": self.job.request}
+    def _failed(self, clip: Clip, error: MediaError) -> Progress:
+        self._pictures.pop(clip.key, None)
+        return self._finish(clip, {"status": "failed", "reason": error.reason, "message": error.message})
+
+    def _finish(self, clip: Clip, result: dict[str, Any]) -> Progress:
+        row = {**dict.fromkeys(SCHEMA.names), "key": clip.key, "source": clip.source, **result, "seed": self._seed(clip), "request": self.job.request}
         storage.write_bytes(_row_path(self.config.out, clip), json.dumps(row, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
-        return row
+        return Progress(row=row)
 
 
-def videos(config: GenerateConfig) -> list[Clip]:
-    """The videos to do, in the order of their keys."""
+class Draft:
+    """A sound on its way to its wav: pieces as they come, made as loud as the options say once it is known as a whole."""
+
+    def __init__(self, key: str, sounder: Sounder, options: Normalisation) -> None:
+        self._key, self._options = key, options
+        self._rate_hz, self._channels = sounder.sample_rate_hz, sounder.codec.channels
+
+    def __enter__(self) -> "Draft":
+        self._temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self._temporary.name)
+        self._writer = WavWriter(self.folder / "raw.wav", self._rate_hz, self._channels, bits=32)
+        self._meter = Meter(self._rate_hz, self._channels, self._options)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    def add(self, piece: Sound) -> None:
+        """The next stretch of the sound."""
+        self._writer.write(piece)
+        self._meter.add(piece)
+
+    def finish(self) -> tuple[Path, str | None]:
+        """The wav of 16 bits, and what a listener should know."""
+        self._writer.close()
+        wav = self.folder / f"{self._key}.wav"
+        return wav, normalise_wav(self.folder / "raw.wav", wav, self._options, meter=self._meter)
+
+
+def videos(config: GenerateConfig) -> tuple[list[Clip], dict[str, float]]:
+    """The videos to do, in the order of their keys, and where their stretches start, in seconds."""
     if bool(config.source) == bool(config.data):
         raise ValueError("give source=VIDEOS or data=MEDIA_DATASET, one of the two")
     if config.data:
@@ -223,60 +358,57 @@ def videos(config: GenerateConfig) -> list[Clip]:
         clips = [Clip(row["key"], row["source"], row["split"], row["label"], row["reason"], row["message"]) for row in rows]
     else:
         clips = discover(config)
+    starts: dict[str, float] = {}
+    if config.starts:
+        starts = read_starts(config.starts)
+        there = {clip.key for clip in clips}
+        absent = [Clip(key, key, "test", None, "missing", f"{config.starts} names it, and it is not there") for key in starts if key not in there]
+        clips = [clip for clip in clips if clip.key in starts] + absent
     clips.sort(key=lambda clip: (clip.key, clip.source))
-    return clips[: config.limit] if config.limit else clips
+    return clips[: config.limit] if config.limit else clips, starts
 
 
-def whole_segments(duration_seconds: float) -> int:
-    """A duration in segments; 0 stays 0 (the whole video). Raises ValueError with the nearest valid durations."""
-    segments = round(duration_seconds / float(SEGMENT_SECONDS))
-    if duration_seconds < 0 or abs(segments * float(SEGMENT_SECONDS) - duration_seconds) > 1e-6:
-        below = max(1, int(duration_seconds / float(SEGMENT_SECONDS)))
-        near = f"{float(below * SEGMENT_SECONDS):g} or {float((below + 1) * SEGMENT_SECONDS):g}"
-        raise ValueError(f"duration_seconds is {duration_seconds:g}; expected a multiple of a segment's 0.64 s, such as {near}")
-    return segments
+def read_starts(path: str) -> dict[str, float]:
+    """Start seconds by key from a csv with the header `file,start_sec`. Raises ValueError with the line that is wrong."""
+    rows = csv.DictReader(io.StringIO(storage.read_bytes(path).decode()))
+    if not {"file", "start_sec"} <= set(rows.fieldnames or ()):
+        raise ValueError(f"{path}: the header is {','.join(rows.fieldnames or ())}; expected file,start_sec")
+    starts: dict[str, float] = {}
+    for number, row in enumerate(rows, 2):
+        try:
+            start = float(row["start_sec"])
+        except (TypeError, ValueError):
+            start = math.nan
+        if not 0 <= start < math.inf:
+            raise ValueError(f"{path}, line {number}: start_sec is {row['start_sec']!r}; expected seconds, 0 or more")
+        starts[key_of(Path(row["file"]).stem if row["file"].endswith(VIDEO_SUFFIXES) else row["file"])] = start
+    return starts
 
 
-def find_networks(config: GenerateConfig, trained: RunConfig, run: str) -> tuple[str, str]:
-    """Weights files of tower and codec: the given ones, else those recorded with the run. Refuses others than the run was trained on."""
-    found = []
-    for name, given in (("tower", config.tower.weights), ("codec", config.codec_weights)):
-        path = resolve(given) if given else trained.weights_path(run, name)
-        if path is None or not path.is_file():
-            option = "tower.weights" if name == "tower" else "codec_weights"
-            raise ValueError(f"the {name}'s weights that {config.run} was trained on are not at {path}; give {option}=FILE")
-        expected, sha256 = trained.data["spec"][name]["weights_sha256"], sha256_file(path)
-        if sha256 != expected:
-            raise ValueError(
-                f"{name} weights {path} have sha256 {sha256[:12]}...; the run was trained on features of {expected[:12]}...: give that file"
-            )
-        found.append(str(path.resolve()))
-    return found[0], found[1]
-
-
-def request_id(config: GenerateConfig, segments: int, run: str) -> str:
+def request_id(config: GenerateConfig, run: str, starts: dict[str, float]) -> str:
     """A hash of what decides the sound: the decoder's weights and the options."""
     decides = {
         "model": sha256_file(Path(run) / f"{config.weights}.safetensors"),
-        "sampling": to_plain(config.sampling),
-        "options": [config.seed, segments, config.stride_segments, config.precision],
+        "options": {f.name: to_plain(value) if is_dataclass(value := getattr(config, f.name)) else value for f in fields(SoundOptions)},
+        "made": [config.precision, config.engine.weights, config.candidates, config.originals, to_plain(config.normalisation), starts],
     }
+    if config.sync_weights:
+        decides["sync"] = sha256_file(config.sync_weights)
     return fingerprint(decides)[:16]
 
 
-def clip_seed(seed: int, key: str) -> int:
-    """A clip's own seed, so that its sound does not depend on which clips share its batch."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:7], "little")
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("key", "source", "status", "reason", "message")]
+    + [("start_seconds", pa.float64()), ("duration_seconds", pa.float64()), ("mp4", pa.string()), ("wav", pa.string()), ("original", pa.string())]
+    + [("candidate", pa.int64()), ("sync_scores", pa.list_(pa.float64())), ("seed", pa.int64()), ("request", pa.string())]
+)
+"""The ledger's columns, which are the keys of KEY.json."""
 
 
 def write_table(path: str, rows: list[dict[str, Any]]) -> None:
     """The rows as parquet, whole or not at all."""
-    schema = pa.schema(
-        [(name, pa.string()) for name in ("key", "source", "status", "reason", "message")]
-        + [("duration_seconds", pa.float64()), ("mp4", pa.string()), ("wav", pa.string()), ("seed", pa.int64()), ("request", pa.string())]
-    )
     with storage.writing(path) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
 
 
 def _row_path(out: str, clip: Clip) -> str:
