@@ -281,7 +281,10 @@ def state_dict(root: Any, path: Path) -> dict[str, Tensor]:
         has = f"it is {is_it}" if is_it else f"it holds {', '.join(map(repr, names[:4])) or 'no weights'}"
         raise ValueError(f"{path} is not V-AURA's checkpoint: {has}; {EXPECTED}")
     complain(path, {"no tensors": [str(name) for name, value in inner.items() if not isinstance(value, Tensor)]})
-    return {str(name): value for name, value in inner.items()}
+    tensors: dict[str, Tensor] = {str(name): value for name, value in inner.items()}
+    # A tensor may repeat what is stored, without end: a small file then asks for more memory than there is.
+    complain(path, {"larger than what is stored of them": [name for name, t in tensors.items() if t.nbytes > t.untyped_storage().nbytes()]})
+    return tensors
 
 
 def complain(path: Path, problems: Mapping[str, list[str]]) -> None:

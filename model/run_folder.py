@@ -89,7 +89,7 @@ def read_config(folder: str | os.PathLike) -> RunConfig:
     """The `config.yaml` of a run folder. ValueError if there is none, or it is not one of ours."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}; expected a folder that `soundshard train` wrote")
+        raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}; expected one that `soundshard train` or `weights get=vaura` wrote")
     plain = yaml.safe_load(path.read_text())
     if not isinstance(plain, dict) or plain.get("kind") != "vaura":
         raise ValueError(f"{path} does not describe a V-AURA run: expected `kind: vaura` in it")

@@ -261,7 +261,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return self._allowed[named]
         if module.partition(".")[0] in sys.stdlib_module_names and named not in HARMLESS:
             raise RefusedError(named)
-        self.skipped[named] += 0
+        if named not in HARMLESS:
+            self.skipped[named] += 0  # told even if no object is made of it
         return type("Placeholder", (Placeholder,), {"named": named, "skipped": self.skipped})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -611,8 +612,11 @@ def _vaura(config: WeightsConfig) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`soundshard weights [get=NAME,...]`."""
-    return job_main(WeightsConfig, run, argv, command="weights", positional="get")
+    """`soundshard weights [get=NAME,...]`; `get NAME` will do."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["get"]:
+        del arguments[0]
+    return job_main(WeightsConfig, run, arguments, command="weights", positional="get")
 
 
 if __name__ == "__main__":

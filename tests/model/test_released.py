@@ -190,6 +190,7 @@ def test_the_command_says_what_was_made_and_what_was_skipped(checkpoint: Path, t
     assert f"{NAME}: {len(torch.load(checkpoint, weights_only=False)['state_dict'])} tensors. Decoder: 2 layers, width 192, 4 heads" in told
     assert "as the file's sampler_config says (nhead 4)" in told and told.strip().endswith(str(tmp_path / "out"))
     assert "omegaconf.dictconfig.DictConfig (4)" in told and "torch.optim.adamw.AdamW (1)" in told and "numpy._core.multiarray.scalar (1)" in told
+    assert "builtins" not in told and "typing" not in told
     again = convert(checkpoint, tmp_path / "out", capsys)
     assert f"{tmp_path / 'out'} is there already, made from {NAME}" in again
 
@@ -231,7 +232,7 @@ def test_a_folder_of_before_reads_as_it_did(converted: Path, tmp_path: Path) -> 
 
 
 def pack(path: Path, members: dict[str, bytes | Path | tarfile.TarInfo], mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode, **{"compresslevel": 1} if mode == "w:gz" else {}) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with tarfile.open(path, mode, **{"compresslevel": 1} if mode == "w:gz" else {}) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue] - as above
         for name, content in members.items():
             if isinstance(content, tarfile.TarInfo):
                 tar.addfile(content)
@@ -305,7 +306,7 @@ def test_without_a_place_the_folder_goes_to_the_cache_and_nothing_is_fetched(
         return archive
 
     monkeypatch.setattr("model.weights.fetch", fetched)
-    assert main(["get=vaura", "url=http://127.0.0.1:9/mirror"]) == main(["get=vaura"]) == 0
+    assert main(["get=vaura", "url=http://127.0.0.1:9/mirror"]) == main(["get=vaura"]) == main(["get", "vaura"]) == 0
     assert asked == [("vaura", "http://127.0.0.1:9/mirror")], "what is there is not fetched again"
     assert read_config(cache / "vaura").origin["archive"] == "a.tar.gz"
     assert capsys.readouterr().out.strip().endswith(str(cache / "vaura"))
@@ -352,6 +353,7 @@ def with_(**changed: Any) -> Callable[[Tensors], Tensors]:
         (with_(sampler__norm__weight=torch.zeros(7)), "1 of another shape: sampler.norm.weight (7,) instead of (192,)"),
         (with_(visual_feature_extractor__norm__bias=torch.zeros(1, 64)), "visual_feature_extractor.norm.bias (1, 64) instead of (64,)"),
         (with_(sampler__norm__weight=torch.zeros(192, dtype=torch.int64)), "1 of whole numbers: sampler.norm.weight"),
+        (with_(sampler__norm__weight=torch.zeros(1).expand(10**12)), "1 larger than what is stored of them: sampler.norm.weight"),
         (with_(sampler__norm__weight="no tensor"), "1 no tensors: sampler.norm.weight"),
         (lambda t: {n: v for n, v in t.items() if not n.startswith(CODEC)}, "301 missing: audio_encoder.model.encoder.block.0.bias"),
         (lambda t: {n: v for n, v in t.items() if not n.startswith(SAMPLER)}, "218 missing: sampler.empty_video_emb"),
