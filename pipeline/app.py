@@ -5,6 +5,7 @@ folder of its own under one temporary folder, from which old files are swept and
 the page works without a network. Knows how to ask a `Sounder` and what to show; the sound is `pipeline.sounder`'s matter.
 """
 
+import contextlib
 import copy
 import os
 import secrets
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -102,7 +103,7 @@ def run(config: AppConfig) -> None:
         try:
             import gradio
         except ModuleNotFoundError as error:
-            raise ValueError(INSTALL) from error
+            raise ValueError(f"{INSTALL} ({error})") from error
         threads = config.threads or os.cpu_count() or 1
         tower = TowerOptions(weights=config.tower_weights, device=config.device, threads=threads)
         networks = find_networks(config.run, tower=tower, codec=config.codec_weights, weights=config.weights, precision=config.precision)
@@ -235,7 +236,7 @@ class Studio:
         stretch = replace(stretch, segments=most)
         return stretch, stretch.frames_of(frames), (f"sound is made for {float(most * SEGMENT_SECONDS):g} s at most here",)
 
-    def make(self, wish: Wish) -> Iterator[Progress | Result]:
+    def make(self, wish: Wish) -> Generator[Progress | Result]:
         """New sound for a video: progress, sound by sound, and then the result. When it is closed early, what it began is removed.
 
         Raises ValueError for options that do not go with the run, MediaError where the video is at fault.
@@ -318,12 +319,13 @@ class Studio:
         """Remove uploads and results that are older, but for what is being worked on."""
         oldest = time.time() - older_than_seconds
         for path in [*self.folder.glob("*/*")]:
-            if path in self._in_use or path.stat().st_mtime > oldest:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a request that has just been given up removes its own
+                if path in self._in_use or path.stat().st_mtime > oldest:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def build(studio: Studio) -> Any:
@@ -404,56 +406,72 @@ def build(studio: Studio) -> Any:
                 status = gr.HTML(WELCOME, elem_id="status", padding=False)
                 live = gr.HTML("", elem_id="live", padding=False)
                 result = gr.HTML("", elem_id="result", padding=False)
+                ticket = gr.State("")
 
-        def begin() -> tuple:
-            card = said("Waiting", "Another video is being worked on; this one's turn comes.") if studio.live else said("Starting", "")
-            return card, "", "", gr.update(interactive=False), gr.update(visible=True)
+        running: set[str] = set()
+        given_up: set[str] = set()
+        ended = {go: gr.update(interactive=True), stop: gr.update(visible=False)}
+        stopped = {status: said("Stopped", "What had been made is gone."), live: "", **ended}
 
-        def make(path, guidance, temperature, top_k, seed, start, duration, window_segments, stride) -> Iterator[dict]:
-            ended = {go: gr.update(interactive=True), stop: gr.update(visible=False)}
+        def begin() -> dict:
+            card = said("Waiting", "Another video is being worked on; this one's turn comes.") if running else said("Starting", "")
+            stoppable = gr.update(visible=True, interactive=True, value="Stop")
+            return {ticket: secrets.token_hex(8), status: card, live: "", result: "", go: gr.update(interactive=False), stop: stoppable}
+
+        def make(mine, path, guidance, temperature, top_k, seed, start, duration, window_segments, stride) -> Iterator[dict]:
+            if mine in given_up:  # while it waited, and the page has said so
+                given_up.discard(mine)
+                return
             if not path:
                 yield {status: failed("There is no video yet", "Drop one on the left, or click there to choose one."), **ended}
                 return
-            wish = None
             try:
-                sampling = replace(config.sampling, guidance=float(guidance), temperature=float(temperature), top_k=int(top_k))
                 options = SoundOptions(
-                    sampling=sampling,
+                    sampling=replace(config.sampling, guidance=float(guidance), temperature=float(temperature), top_k=int(top_k)),
                     seed=int(seed or 0),
                     duration_seconds=round(float(duration) / step) * step,
                     window_segments=int(window_segments),
                     stride_segments=int(stride),
                 )
-                wish = Wish(Path(path), options, float(start or 0))
-                heard = False
-                for event in studio.make(wish):
-                    if isinstance(event, Result):
-                        yield {status: done(event), result: result_html(event), **ended}
-                    elif event.made_seconds and not heard:
-                        heard = True
-                        yield {status: working(event), live: live_html(event.token)}
-                    else:
-                        yield {status: working(event)}
-            except MediaError as error:
-                yield {
-                    status: failed(BLAMES.get(error.reason, BLAME), _sentence(error.message.replace(str(path), Path(path).name))),
-                    live: "",
-                    **ended,
-                }
+                options.check(trained)
             except ValueError as error:
-                yield {status: failed("These settings do not go together", _sentence(str(error))), live: "", **ended}
+                yield {status: failed("These settings do not go together", _sentence(str(error))), **ended}
+                return
+            running.add(mine)
+            heard = False
+            try:
+                with contextlib.closing(studio.make(Wish(Path(path), options, float(start or 0)))) as events:
+                    for event in events:
+                        if isinstance(event, Result):
+                            yield {status: done(event), result: result_html(event), **ended}
+                        elif mine in given_up:
+                            yield stopped
+                            return
+                        elif event.made_seconds and not heard:
+                            heard = True
+                            yield {status: working(event), live: live_html(event.token)}
+                        else:
+                            yield {status: working(event)}
+            except MediaError as error:
+                message = error.message.replace(str(path), Path(path).name)
+                yield {status: failed(BLAMES.get(error.reason, BLAME), _sentence(message)), live: "", **ended}
             except Exception:
                 yield {status: failed("Something went wrong here", "It is not the video's fault; the server's log tells more."), live: "", **ended}
                 raise
+            finally:
+                running.discard(mine)
+                given_up.discard(mine)
 
-        def stopped() -> tuple:
-            return said("Stopped", "What had been made is gone."), gr.update(interactive=True), gr.update(visible=False)
+        def give_up(mine: str) -> dict:
+            given_up.add(mine)
+            # One that runs says itself that it has stopped, after the sound that it is at: two answers could overtake each other.
+            return {stop: gr.update(interactive=False, value="Stopping")} if mine in running else stopped
 
-        private = {"show_progress": "hidden", "api_visibility": "private"}
-        wishes = [video, guidance, temperature, top_k, seed, start, duration, window_segments, stride]
-        clicked = go.click(begin, None, [status, live, result, go, stop], queue=False, js=SHOW_STATUS, **private)
-        making = clicked.then(make, wishes, [status, live, result, go, stop], concurrency_limit=1, **private)
-        stop.click(stopped, None, [status, go, stop], cancels=[making], queue=False, **private)
+        wishes = [ticket, video, guidance, temperature, top_k, seed, start, duration, window_segments, stride]
+        everything, hidden, private = [ticket, status, live, result, go, stop], "hidden", "private"
+        clicked = go.click(begin, None, everything, queue=False, js=SHOW_STATUS, show_progress=hidden, api_visibility=private)
+        clicked.then(make, wishes, everything, concurrency_limit=1, show_progress=hidden, api_visibility=private)
+        stop.click(give_up, ticket, everything, queue=False, show_progress=hidden, api_visibility=private)
     blocks.queue(max_size=config.max_waiting, api_open=False)
     return blocks
 
@@ -579,7 +597,8 @@ CSS = """
 .card h3{font-size:1rem;font-weight:600;margin:0 0 4px}
 .card p{margin:4px 0 0;color:var(--body-text-color-subdued);font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .card .row{display:flex;justify-content:space-between;gap:12px;flex-wrap:wrap}
-.card.good h3::before,.card.wrong h3::before{content:"";display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:9px;background:#2f9e6e}
+.card.good h3::before,.card.wrong h3::before{content:"";display:inline-block;
+width:10px;height:10px;border-radius:50%;margin-right:9px;background:#2f9e6e}
 .card.wrong h3::before{background:#d0443e}
 .card.wrong{border-color:#d0443e}
 .card progress{width:100%;height:10px;accent-color:var(--primary-500,#f97316);margin:8px 0 2px;display:block}
