@@ -60,8 +60,6 @@ MAX_STILL_SECONDS = 120
 """A longer time without a new picture is a damaged timestamp, not a still picture."""
 NO_TIME = -(1 << 63)
 """In place of a time that a container does not give: no time is so early."""
-SOUND_LEAD_SECONDS = 1
-"""Sound that is decoded from the middle of a film begins so much earlier: decoders need the packets before, and some of them a second."""
 SILENCE_SAMPLES = 1 << 16
 """The longest piece in which silence is made."""
 AUDIO_JITTER_SECONDS = Fraction(1, 100)
@@ -531,13 +529,15 @@ class OpenClip:
         return first.sample_rate, first.layout.nb_channels
 
     def sound_pieces(self, sample_rate_hz: int, channels: int | None = None, start: int = 0, stop: int | None = None) -> Iterator[Sound]:
-        """The sound of the clip's frames `[start, stop)` in pieces as they are decoded, silence where there is none. One use."""
+        """The sound of the clip's frames `[start, stop)` in pieces as they are decoded, silence where there is none. One use.
+
+        Sound is always decoded from the beginning: only so is its place exact to the sample in every container.
+        """
         _, own_channels = self.sound_format()
         assert self._first_sound is not None
         layout = channel_layout(channels) if channels else self._first_sound[1].layout.name
         filled, end = self.samples(sample_rate_hz, start), self.samples(sample_rate_hz, stop)
-        frames = chain([self._first_sound], self._sound_frames) if not start else self._decoded_sound(from_frame=start)
-        for at, wave in self._placed_sound(frames, layout, sample_rate_hz):
+        for at, wave in self._placed_sound(chain([self._first_sound], self._sound_frames), layout, sample_rate_hz):
             if stop is not None and filled >= end:
                 break
             skip = max(0, filled - at)  # a run that starts inside the one before: what is already there stays
@@ -571,19 +571,10 @@ class OpenClip:
             yield from run.finish()
         _check_faults(self.audio_faults, len(self.audio_track or ()) + 1, "audio")
 
-    def _decoded_sound(self, from_frame: int = 0) -> Generator[tuple[Fraction, AudioFrame]]:
-        """Audio frames with the time of their first sample, from the start or from a little before a frame of the output clock on.
-
-        A frame without a timestamp follows the one before it.
-        """
-        track, following, start = self.audio_track, Fraction(0), 0
-        if track is None:
-            return
-        if from_frame:
-            assert track.stream.time_base is not None
-            earliest = floor((self.start + Fraction(from_frame, self.frame_rate_hz) - SOUND_LEAD_SECONDS) / track.stream.time_base)
-            start = int((track.shown < earliest).cumprod().sum())
-        for _, (packet, frame) in self._decoded(track, start):
+    def _decoded_sound(self) -> Generator[tuple[Fraction, AudioFrame]]:
+        """Audio frames with the time of their first sample; a frame without a timestamp follows the one before it."""
+        following = Fraction(0)
+        for _, (packet, frame) in self._decoded(self.audio_track) if self.audio_track is not None else ():
             seconds = following if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
             if packet.pts is not None and packet.has_sidedata("skip_samples"):
                 # The decoder rounds the time of a frame that it trimmed to the container's ticks (1 ms in webm).

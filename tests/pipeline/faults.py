@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.decode import DecodedClip, MediaError, SourceInfo, empty_pictures
+from pipeline.decode import DecodedClip, MediaError, SourceInfo, empty_pictures, open_clip
 
 SOURCE = SourceInfo("mp4", "h264", "yuv420p", 96, 64, "25", 0, 0.0, "aac", 44100, "stereo", 0.0, 0, 0, 0)
 
@@ -239,6 +239,12 @@ def deaf(seconds: float) -> Iterator[int]:
     yield os.getpid()
     time.sleep(seconds)
     yield 0
+
+
+def held_whole(path: Path) -> int:
+    """A clip's packets in memory, as they are for anything but a film."""
+    with open_clip(path) as clip:
+        return clip.frames
 
 
 def echo(*values: object) -> object:
