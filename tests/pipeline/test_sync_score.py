@@ -6,10 +6,13 @@ import torch
 import torchaudio.functional
 from torch import Tensor
 
+from model.segments import OFFSET, SEGMENT_SAMPLES
 from model.synchformer import SyncConfig, Synchformer, save_synchformer
 from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel
 from model.synchformer_visual import VisualTower, VisualTowerConfig, normalise
+from pipeline.media import decode
 from pipeline.sync_score import Layout, SyncScorer, best_of, synchrony
+from pipeline.views import view_crop
 from tests.model.fill import fill_module
 
 SMALL_VISUAL = VisualTowerConfig(image_size=28, patch_size=14, tubelet=2, width=22, depth=1, heads=2)
@@ -215,3 +218,24 @@ def test_wrong_inputs_are_refused(scorer: SyncScorer, weights: str, tmp_path: Pa
     save_synchformer(tmp_path / "other.safetensors", other)
     with pytest.raises(ValueError, match="give a network like `sync`"):
         SyncScorer(str(tmp_path / "other.safetensors"), "cpu")
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_real_clips_tokens_are_those_of_the_reference(shared: Path) -> None:
+    """From the file through decoder, crop, front ends and both towers at full size (two of the segments of pictures; all of the sound)."""
+    golden = np.load(shared / "reference" / "golden_e_sync.npz")
+    clip = decode((shared / "clips/h264_video_25fps_256side_16000hz_aac/ZYc410CE4Rg_0_10000.mp4").read_bytes(), sample_rate_hz=RATE, channels=1)
+    with torch.device("meta"):
+        visual, audio = VisualTower().eval(), AudioTower().eval()
+    fill_module(visual.to_empty(device="cpu"), "vfeat_extractor.")
+    fill_module(audio.to_empty(device="cpu"), "afeat_extractor.")
+    frames = torch.from_numpy(view_crop("", 0, *clip.frames.shape[1:3], 224).apply(clip.frames).copy())
+    for segment in (3, 13):
+        start = OFFSET.frame_starts()[segment]
+        # The reference's own arithmetic, in half precision.
+        pixels = ((frames[start : start + 16].half() / 255 - 0.5) / 0.5).float().movedim(-1, 0)
+        np.testing.assert_allclose(visual(pixels[None, None])[0, 0, :, :16].numpy(), golden["e2e_v0_off0_vfeat_slice"][segment], atol=1e-4)
+    wave = torch.from_numpy(clip.audio[0])
+    spectrograms = LogMel()(torch.stack([wave[start : start + SEGMENT_SAMPLES] for start in OFFSET.sample_starts()]))
+    np.testing.assert_allclose(audio(spectrograms[None])[0, :, :, :16].numpy(), golden["e2e_v0_off0_afeat_slice"], atol=1e-4)
