@@ -58,7 +58,7 @@ class Codec(nn.Module, ABC):
         """Codes of waveforms in [-1, 1]: ceil(samples / hop_samples) steps."""
         if wave.shape[1] != self.channels or wave.shape[2] == 0:
             raise ValueError(f"a wave of the shape {tuple(wave.shape)}; {self.name} expects [clips, {self.channels}, samples > 0]")
-        with _exact_convolutions():
+        with _exact_arithmetic():
             return torch.stack([self.encode_clip(clip) for clip in wave])
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Codec(nn.Module, ABC):
         """Waveforms of steps * hop_samples samples, or the first `samples` of them."""
         if codes.shape[1] != self.codebooks or codes.shape[2] == 0 or codes.min() < 0 or codes.max() >= self.card:
             raise ValueError(f"codes of the shape {tuple(codes.shape)}; {self.name} expects [clips, {self.codebooks}, steps > 0] in [0, {self.card})")
-        with _exact_convolutions():
+        with _exact_arithmetic():
             return torch.stack([self.decode_clip(clip.long()) for clip in codes])[..., :samples]
 
     @abstractmethod
@@ -104,7 +104,7 @@ class StreamDecoder(ABC):
         if codes.shape[0] != self._codebooks or (codes.numel() and (codes.min() < 0 or codes.max() >= self._card)):
             raise ValueError(f"codes of the shape {tuple(codes.shape)}; {self._name} expects [{self._codebooks}, steps] in [0, {self._card})")
         assert not self._finished, "a stream decodes one clip; open another one"
-        with _exact_convolutions():
+        with _exact_arithmetic():
             return self._push(codes.long())
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class StreamDecoder(ABC):
         """The clip has ended: the samples still owed."""
         assert not self._finished, "a stream decodes one clip; open another one"
         self._finished = True
-        with _exact_convolutions():
+        with _exact_arithmetic():
             return self._finish()
 
     @abstractmethod
@@ -123,7 +123,12 @@ class StreamDecoder(ABC):
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """On a GPU, convolutions round to TF32 and pick algorithms by trial unless told not to; codes would then change between runs."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+def _exact_arithmetic() -> Iterator[None]:
+    """On a GPU, convolutions and products round to TF32, and algorithms are picked by trial, if told so; codes would then change between runs."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from encodec.model import EncodecModel
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from model.codecs import Codec, EncodecCodec, LappedCodec, LappedConfig, load_codec, nearest, save_codec
+from model.codecs import Codec, DacCodec, DacConfig, EncodecCodec, LappedCodec, LappedConfig, load_codec, nearest, save_codec
 from model.standin import fit_codec
 from model.weights import save_state
 from tests.model.fill import fill_module
@@ -217,3 +219,89 @@ def test_nearest_is_nearest() -> None:
 def test_bands_must_cover_the_coefficients() -> None:
     with pytest.raises(ValueError, match="band_edges"):
         LappedConfig(band_edges=(0, 10, 320, 330))
+
+
+# --- streams, of every codec ---
+
+
+@pytest.fixture(scope="module")
+def codecs(lapped: LappedCodec, package: EncodecModel, stereo: tuple[EncodecModel, Codec]) -> dict[str, Codec]:
+    causal = EncodecCodec("encodec24", window_steps=17)
+    causal.network.load_state_dict(package.state_dict())
+    dac = DacCodec(DacConfig(encoder_width=2, encoder_rates=(2, 6), latent_width=9, decoder_width=12, decoder_rates=(6, 2), codebooks=2, card=5))
+    fill_module(dac.network)
+    return {"lapped": lapped, "encodec24": causal, "encodec48": stereo[1], "dac44": dac}
+
+
+@pytest.mark.parametrize("name", ["lapped", "encodec24", "encodec48", "dac44"])
+@settings(max_examples=8, deadline=None)
+@given(sizes=st.lists(st.integers(0, 19), max_size=7))
+@example(sizes=[])
+@example(sizes=[1] * 9)
+@example(sizes=[0, 6, 0])
+@example(sizes=[3, 4])
+@example(sizes=[23, 1])
+def test_a_stream_is_the_clip_in_pieces(codecs: dict[str, Codec], name: str, sizes: list[int]) -> None:
+    codec, steps = codecs[name], sum(sizes)
+    codes = torch.randint(0, codec.card, (codec.codebooks, steps))
+    stream, other = codec.stream(), codec.stream()
+    pieces = []
+    for piece in codes.split(sizes, dim=1):
+        pieces.append(stream.push(piece))
+        other.push(torch.zeros_like(piece))
+    sound = torch.cat([*pieces, stream.finish()], dim=-1)
+    assert sound.shape == (codec.channels, steps * codec.hop_samples)
+    if steps:
+        torch.testing.assert_close(sound, codec.decode(codes[None])[0], atol=2e-6, rtol=0)
+
+
+def test_a_stream_of_seconds_fades_like_the_clip(codecs: dict[str, Codec]) -> None:
+    codec = codecs["encodec48"]
+    for steps in (150, 151, 307):
+        codes, stream = torch.randint(0, 1024, (4, steps)), codec.stream()
+        sound = [stream.push(piece) for piece in codes.split(101, dim=1)]
+        assert torch.equal(torch.cat([*sound, stream.finish()], dim=-1), codec.decode(codes[None])[0])
+
+
+def test_a_stream_is_behind_by_no_more_than_its_codec_looks_ahead(codecs: dict[str, Codec]) -> None:
+    """Samples still owed after 40 steps: none where the network is causal, half a step of overlap, a chunk, what DAC's convolutions see."""
+    owed = {}
+    for name, codec in codecs.items():
+        stream = codec.stream()
+        owed[name] = 40 * codec.hop_samples - stream.push(torch.zeros(codec.codebooks, 40, dtype=torch.long)).shape[1]
+        assert stream.finish().shape[1] == owed[name]
+    # DAC's small network from its start: half a kernel of 7; twice a rate, half of it and the residuals' half kernels; half a kernel of 7.
+    dac = ((3 * 6 + 3 + 39) * 2 + 1 + 39) + 3
+    assert owed == {"lapped": 160, "encodec24": 0, "encodec48": 40 * 320, "dac44": dac}
+
+
+def test_a_stream_refuses_codes_that_there_are_not(codecs: dict[str, Codec]) -> None:
+    for codec in codecs.values():
+        with pytest.raises(ValueError, match=r"expects \[\d, steps\] in \[0,"):
+            codec.stream().push(torch.full((codec.codebooks, 2), codec.card))
+
+
+def test_tables_are_what_codes_stand_for(codecs: dict[str, Codec], package: EncodecModel) -> None:
+    shapes = {name: [tuple(t.shape) for t in codec.codebook_tables().tables] for name, codec in codecs.items()}
+    lapped = codecs["lapped"]
+    assert isinstance(lapped, LappedCodec)
+    widths = [12, 12, *(hi - lo for lo, hi in lapped.config.pairs)]
+    assert shapes == {
+        "lapped": [(lapped.card, width) for width in widths],
+        "encodec24": [(1024, 128)] * 8,
+        "encodec48": [(1024, 128)] * 4,
+        "dac44": [(5, 8)] * 2,
+    }
+    assert all((codec.codebook_tables().biases is not None) == (name == "dac44") for name, codec in codecs.items())
+    codes = torch.randint(0, 1024, (8, 1, 3))
+    tables = codecs["encodec24"].codebook_tables().tables
+    stood_for = sum(table[code[0]] for table, code in zip(tables, codes, strict=True))
+    torch.testing.assert_close(stood_for, package.quantizer.decode(codes)[0].T)
+
+
+def test_every_codec_comes_back_from_its_file(codecs: dict[str, Codec], tmp_path: Path) -> None:
+    for name, codec in codecs.items():
+        save_codec(tmp_path / f"{name}.safetensors", codec)
+        loaded, codes = load_codec(tmp_path / f"{name}.safetensors"), torch.randint(0, codec.card, (1, codec.codebooks, 9))
+        assert loaded.spec() == {**codec.spec(), "weights_sha256": loaded.weights_sha256}
+        torch.testing.assert_close(loaded.decode(codes), codec.decode(codes), atol=1e-6, rtol=0)
