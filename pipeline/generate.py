@@ -123,7 +123,7 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
         run=storage.absolute(config.run),
         data=storage.absolute(config.data) if config.data else "",
         out=storage.absolute(config.out),
-        sync_weights=str(resolve(config.sync_weights).absolute()) if config.candidates > 1 else "",
+        sync_weights=str(resolve(config.sync_weights).absolute()) if config.candidates > 1 else config.sync_weights,
     )
     networks = find_networks(
         config.run, tower=config.tower, codec=config.codec_weights, weights=config.weights, precision=config.precision, engine=config.engine
@@ -296,18 +296,20 @@ class Generator:
             source = self._source(clip)
             wav, note = draft.finish()
             made = call(partial(mux_wav, **place), source, wav, draft.folder / f"{clip.key}.mp4", limits=limits)
-            results = {"mp4": made.path, "wav": wav}
+            results, notes = {"mp4": made.path, "wav": wav}, [note, made.note]
             if config.originals:
                 transcoded = partial(transcode_original, **place)
-                results["original"] = call(transcoded, source, draft.folder / f"{clip.key}.original.mp4", limits=limits).path
+                original = call(transcoded, source, draft.folder / f"{clip.key}.original.mp4", limits=limits)
+                results["original"] = original.path
+                notes.append(original.note)
         except MediaError as error:
             return self._failed(clip, error)
         for path in results.values():
             with path.open("rb") as file, storage.writing(storage.join(config.out, path.name)) as out:
                 shutil.copyfileobj(file, out, 1 << 20)
         names = {name: path.name for name, path in results.items()}
-        notes = "; ".join(filter(None, [note, made.note])) or None
-        result = {"status": "ok", "message": notes, "start_seconds": float(stretch.start_seconds), "duration_seconds": seconds}
+        message = "; ".join(filter(None, notes)) or None
+        result = {"status": "ok", "message": message, "start_seconds": float(stretch.start_seconds), "duration_seconds": seconds}
         return self._finish(clip, {**result, **names, **more})
 
     def _failed(self, clip: Clip, error: MediaError) -> Progress:
@@ -392,8 +394,8 @@ def request_id(config: GenerateConfig, run: str, starts: dict[str, float]) -> st
         "options": {f.name: to_plain(value) if is_dataclass(value := getattr(config, f.name)) else value for f in fields(SoundOptions)},
         "made": [config.precision, config.engine.weights, config.candidates, config.originals, to_plain(config.normalisation), starts],
     }
-    if config.sync_weights:
-        decides["sync"] = sha256_file(config.sync_weights)
+    if config.candidates > 1:
+        decides["sync"] = sha256_file(resolve(config.sync_weights))
     return fingerprint(decides)[:16]
 
 

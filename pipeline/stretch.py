@@ -10,6 +10,7 @@ from math import floor
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES
 from pipeline.decode import MediaError, Pictures, picture_pieces, video_frames
@@ -45,7 +46,7 @@ class Stretch:
         return wanted or left
 
 
-def whole_segments(pictures: Pictures) -> Pictures:
+def whole_segments(pictures: UInt8[np.ndarray, "_ height width 3"]) -> UInt8[np.ndarray, "_ height width 3"]:
     """Pictures filled up to whole segments by holding the last one."""
     missing = -len(pictures) % SEGMENT_FRAMES
     return np.concatenate([pictures, np.repeat(pictures[-1:], missing, axis=0)]) if missing else pictures

@@ -8,20 +8,15 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from configs import cli
-from model.codecs import load_codec
 from model.generate import Sampling
-from model.run_folder import RunConfig, write_config, write_model
-from model.vaura import Vaura, VauraConfig
-from model.weights import sha256_file
 from pipeline import generate, reencode
 from pipeline.discover import Clip
 from pipeline.features import TowerOptions
 from pipeline.media import EncodeConfig, decode
 from tests.pipeline.clips import make_clip
-from tests.pipeline.networks import SMALL_TOWER, small_networks
+from tests.pipeline.networks import small_networks, small_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS_PER_SEGMENT = 48
@@ -30,31 +25,8 @@ RATE_HZ = 24000
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as training leaves it, of a model that was never trained."""
     folder = tmp_path_factory.mktemp("run")
-    networks = small_networks(folder)
-    model = VauraConfig(
-        layers=2,
-        width=48,
-        heads=2,
-        visual_width=16,
-        feature_width=SMALL_TOWER.width,
-        codebooks=3,
-        card=64,
-        steps_per_token=6,
-        window_tokens=16,
-        max_steps=112,
-    )
-    spec = {"tower": {"weights_sha256": sha256_file(networks["tower"])}, "codec": load_codec(networks["codec"]).spec()}
-    weights = {name: {"path": path, "sha256": sha256_file(path)} for name, path in networks.items()}
-    write_config(folder, RunConfig(model, window_segments=2, data={"fingerprint": "0", "spec": spec}, weights=weights))
-    torch.manual_seed(11)
-    vaura = Vaura(model)
-    for head in vaura.parameters():  # heads begin at zero, which would make every code equally likely
-        if head.dim() == 2 and not head.any():
-            torch.nn.init.normal_(head, std=0.3)
-    write_model(folder, vaura)
-    return folder
+    return small_run(folder, small_networks(folder))
 
 
 @pytest.fixture(scope="module")

@@ -9,51 +9,22 @@ import pytest
 import torch
 
 from configs.clock import SEGMENT_FRAMES
-from model.codecs import load_codec, save_codec
-from model.dac import DacCodec, DacConfig
 from model.generate import Sampling
-from model.run_folder import RunConfig, write_config, write_model
 from model.schedule import windows
-from model.vaura import Vaura, VauraConfig
-from model.weights import sha256_file
 from pipeline.media import MediaError, decode_video
 from pipeline.sounder import Sounder, SoundOptions, clip_seed, find_networks, whole_segments
 from pipeline.stretch import Stretch
-from tests.model.fill import fill_module
 from tests.pipeline.clips import make_clip
-from tests.pipeline.networks import SMALL_TOWER, small_networks
+from tests.pipeline.networks import small_dac_run, small_networks, small_run
 
 OPTIONS = SoundOptions(sampling=Sampling(guidance=2.0, top_k=20))
 MINUTE_SECONDS = 60
 
 
-def write_run(folder: Path, codec: Path, *, tower: str, model: VauraConfig) -> Path:
-    """A run folder as training leaves it, of a model that was never trained."""
-    weights = {"tower": {"path": tower, "sha256": sha256_file(tower)}, "codec": {"path": str(codec), "sha256": sha256_file(codec)}}
-    spec = {"tower": {"weights_sha256": weights["tower"]["sha256"]}, "codec": load_codec(codec).spec()}
-    write_config(folder, RunConfig(model, window_segments=2, data={"fingerprint": "0", "spec": spec}, weights=weights))
-    torch.manual_seed(11)
-    vaura = Vaura(model)
-    for head in vaura.lm_heads.parameters():  # heads begin at zero, which would make every code equally likely
-        torch.nn.init.normal_(head, std=0.3)
-    write_model(folder, vaura)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["encodec_clock", "dac"])
 def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    networks = small_networks(folder)
-    sizes = {"layers": 2, "width": 48, "heads": 2, "visual_width": 16, "feature_width": SMALL_TOWER.width, "card": 64, "window_tokens": 16}
-    if request.param == "encodec_clock":
-        model = VauraConfig(**sizes, codebooks=3, steps_per_token=6, max_steps=112)
-        return write_run(folder, Path(networks["codec"]), tower=networks["tower"], model=model)
-    torch.manual_seed(3)
-    codec = DacCodec(DacConfig(encoder_width=4, latent_width=24, decoder_width=32, codebooks=2, card=64))
-    fill_module(codec.network, "")  # as made, it amplifies rounding errors
-    save_codec(folder / "dac.safetensors", codec)
-    model = VauraConfig(**sizes, codebooks=2, steps_per_token=441, steps_per_token_divisor=64, max_steps=128)
-    return write_run(folder, folder / "dac.safetensors", tower=networks["tower"], model=model)
+    return small_dac_run(folder) if request.param == "dac" else small_run(folder, small_networks(folder))
 
 
 @pytest.fixture(scope="module")
