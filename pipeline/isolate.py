@@ -78,7 +78,8 @@ class Limits:
     """What decoding or encoding one clip may cost."""
 
     clip_seconds: float = 300.0
-    """Wall-clock seconds after which a clip counts as hanging and is given up with the reason `timeout`. Re-encoding 10 s of 720p takes 4."""
+    """Wall-clock seconds after which a clip counts as hanging and is given up with the reason `timeout`. Re-encoding 10 s of 720p takes 4.
+    Of a film whose pictures come in pieces, the seconds for each piece."""
     clip_memory_mb: int = 2048
     """Address space in MiB that one clip may add to the process that works on it, the result included; beyond it the reason is `out_of_memory`.
     It may have taken 1024 more when that is noticed. Re-encoding takes 80 for 720p, 280 for 8K; decoding 9 a second at 256 x 454 pixels."""
