@@ -187,8 +187,8 @@ class Buffers:
 class Engine:
     """A decoder ready to generate, for any number of windows and videos one after another, or several at a time.
 
-    A snapshot of the model in its precision (or in `dtype`): training it further does not reach the engine. Fusing two matrices of each block takes
-    memory of its own (two fifths of the model's), the rest is shared; with int8 nothing large is, and the model can be let go.
+    Made from the model as it is, in its precision or in `dtype`: after further training, make another. Fusing two matrices of each block takes memory
+    of its own (two fifths of the model's), the rest is shared; with int8 nothing large is, and the model can be let go.
     """
 
     def __init__(self, model: Vaura, options: EngineOptions | None = None, *, dtype: torch.dtype | None = None) -> None:
@@ -220,8 +220,9 @@ class Engine:
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Each function once for all layers, as their weights are arguments: a compilation of seconds rather than minutes."""
         # A pass over the weights beats a matrix product for few rows on GPUs, too, if its tiles are tuned.
-        tuned: dict[str, str | int | bool | Callable[..., Any]] | None = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else None
-        return torch.compile(function, fullgraph=True, dynamic=False, options=tuned, recompile_limit=1000)
+        tuned: dict[str, Any] | None = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else None
+        # Several batch sizes and buckets are several compilations, which is no mistake. torch's overloads leave the argument out.
+        return torch.compile(function, fullgraph=True, dynamic=False, options=tuned, recompile_limit=1000)  # pyright: ignore[reportCallIssue]
 
     def _take_weights(self, model: Vaura) -> None:
         def own(weight: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class Engine:
         # Of the model itself only what aligns the video is kept.
         visual = copy.copy(model)
         visual._modules = {"cls_embeddings": model.cls_embeddings}
-        self._visual = copy.deepcopy(visual).to(self.dtype)
+        self._visual = visual if self.dtype == model.norm.weight.dtype else copy.deepcopy(visual).to(self.dtype)
 
     def _take_rope(self) -> None:
         """Angles of every position for queries, keys and values (zero), and which positions each may look at."""
@@ -303,7 +304,7 @@ class Engine:
 
     def score(
         self, features: Float[Tensor, "b tokens c"], sequence: Int[Tensor, "b q s"], *, prefill: int = 0, guided: bool = False
-    ) -> Float[Tensor, "rows s-prefill q card"]:
+    ) -> Float[Tensor, "rows scored q card"]:
         """Scores after each position of a given sequence, as generation makes them: the first `prefill` positions at once, the others in steps.
 
         Guided, the rows without video follow those with it.
@@ -434,7 +435,8 @@ class Run:
 
     def codes(self) -> Int[Tensor, "b q n"]:
         """The final codes so far, prompt included."""
-        return undelay(self._buffers.sequence[..., : self.position + 1], self.final_steps).clone()
+        final = self.final_steps
+        return undelay(self._buffers.sequence[..., : final + self._engine.config.codebooks], final).clone()
 
     def close(self) -> None:
         """Give the memory back to the engine."""

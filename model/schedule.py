@@ -93,7 +93,7 @@ def published_schedule(duration_seconds: float, stride_seconds: float, available
         raise ValueError(f"stride_seconds={stride_seconds:g}: expected 0.64, 1.28, 1.92 or 2.56")
     whole = int(duration_seconds * PUBLISHED_RATE_HZ)
     if duration_seconds <= PUBLISHED_WINDOW_SECONDS:
-        return [Window(_tokens(0, duration_seconds, available_segments), range(whole))]
+        return [Window(_tokens(0.0, duration_seconds, available_segments), range(whole))]
     stride = int(PUBLISHED_RATE_HZ * stride_seconds)
     made, start, plan = 0, 0, []
     while made < whole:

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -5,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.generate import Sampling, generate, generate_windows
+from model.engine import Engine, EngineOptions
+from model.generate import Sampling, generate, generate_windows, stream_windows
 from model.sampling import draw, probabilities
-from model.schedule import published_schedule, windows
+from model.schedule import Window, published_schedule, total_steps, windows
 from model.vaura import Vaura, VauraConfig
 from tests.model.fill import fill_module, inp
 
@@ -169,6 +172,93 @@ def test_each_window_keeps_the_codes_before_it(model: Vaura, tokens: int, window
     assert torch.equal(made, known)
 
 
+def pieces(features: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """The video in pieces of these sizes, the last again and again."""
+    start = 0
+    while start < features.shape[1]:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        yield features[:, start : start + size]
+        start += size
+
+
+@pytest.mark.parametrize("piece_steps", [0, 1, 7])
+@pytest.mark.parametrize(("tokens", "sizes"), [(29, [3, 17, 1]), (16, [5]), (7, [2])])
+def test_a_stream_is_the_whole_in_pieces(model: Vaura, tokens: int, sizes: list[int], piece_steps: int) -> None:
+    features, sampling = video(2, tokens), Sampling(guidance=2.0, top_k=7)
+    whole = generate_windows(model, features, sampling=sampling, seeds=[1, 2])
+    made = list(stream_windows(model, pieces(features, sizes), sampling=sampling, seeds=[1, 2], piece_steps=piece_steps))
+    assert torch.equal(torch.cat(made, -1), whole) and all(piece.shape[-1] for piece in made)
+    assert len(made) == len(windows(tokens, Fraction(6), window_tokens=16, stride_tokens=8)) or piece_steps > 0
+    if piece_steps == 1:
+        assert {piece.shape[-1] for piece in made} == {1}
+
+
+def test_a_stream_hands_out_a_window_once_the_next_token_is_there(model: Vaura) -> None:
+    asked: list[int] = []
+
+    def arriving() -> Iterator[Tensor]:
+        for start in range(0, 40, 4):
+            asked.append(start + 4)
+            yield video(1, 40)[:, start : start + 4]
+
+    seen = [(asked[-1], codes.shape[-1], torch.is_inference_mode_enabled()) for codes in stream_windows(model, arriving(), sampling=GREEDY)]
+    assert seen == [(20, 96, False), (28, 48, False), (36, 48, False), (40, 48, False)]
+
+
+@pytest.mark.parametrize("prompt", [50, 130, 192, 239])
+def test_a_prompt_may_be_longer_than_a_window(model: Vaura, prompt: int) -> None:
+    features, given = video(2, 40), codes(2, prompt)
+    made = generate_windows(Engine(model, EngineOptions(bucket_positions=24)), features, sampling=GREEDY, prompt=given)
+    assert made.shape[-1] == 240 and torch.equal(made[..., :prompt], given)
+    assert torch.equal(made, generate_windows(model, features, sampling=GREEDY, prompt=given, cache=False))
+    streamed = stream_windows(model, pieces(features, [9]), sampling=GREEDY, prompt=given, piece_steps=5)
+    assert torch.equal(torch.cat(list(streamed), -1), made)
+    # The windows that have something to make are those that a prompt of the same codes would have come to.
+    known = given
+    for w in windows(40, Fraction(6), window_tokens=16, stride_tokens=8):
+        if w.steps.stop > prompt:
+            new = generate(model, features[:, list(w.tokens)], steps=len(w.steps), sampling=GREEDY, prompt=known[..., w.steps.start :])
+            known = torch.cat([known[..., : w.steps.start], new], -1)
+    assert torch.equal(made, known)
+
+
+def test_the_clock_says_where_windows_lie_and_the_model_how_they_align() -> None:
+    """A model trained with 7 steps per token beside a codec of 6.890625: the sound covers the video, to the step."""
+    seven = filled(VauraConfig(**{**vars(ENCODEC), "steps_per_token": 7}))
+    clock = Fraction(441, 64)
+    for tokens in (5, 16, 41):
+        features = video(1, tokens)
+        made = generate_windows(seven, features, sampling=GREEDY, clock=clock)
+        assert made.shape[-1] == total_steps(tokens, clock)
+        assert torch.equal(torch.cat(list(stream_windows(seven, pieces(features, [3]), sampling=GREEDY, clock=clock)), -1), made)
+    assert total_steps(32, clock) == 221
+
+
+def test_guidance_at_any_length(reference: Vaura) -> None:
+    """Where the published code raises an error: windows of other than 32 tokens."""
+    made = generate_windows(
+        reference, inp("vis40", (1, 40, 768)), sampling=Sampling(greedy=True, guidance=3.0), schedule=published_schedule(3.2, 1.28, 5)
+    )
+    assert made.shape == (1, 9, 276)
+
+
+def test_a_long_stream_keeps_no_more_than_a_window_needs(model: Vaura, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model import generate as module
+
+    kept: list[int] = []
+
+    class Watched(module._Track):
+        def forget(self, step: int) -> None:
+            super().forget(step)
+            assert self.codes is not None
+            kept.append(self.codes.untyped_storage().nbytes() // (8 * ENCODEC.codebooks))
+
+    monkeypatch.setattr(module, "_Track", Watched)
+    for _ in stream_windows(model, pieces(video(1, 104), [8]), sampling=GREEDY, stride_segments=2):
+        pass
+    assert len(kept) == 6 and max(kept) <= 96
+
+
 def test_top_k_keeps_ties() -> None:
     kept = probabilities(torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0, -1.0]), Sampling(top_k=2))
     assert (kept > 0).tolist() == [False, True, True, True, True, False]
@@ -203,6 +293,20 @@ def test_requests_that_cannot_be_met_are_refused(model: Vaura) -> None:
         generate(Vaura(ENCODEC), video(1, 5), steps=9, sampling=GREEDY)
     with pytest.raises(ValueError, match="stride of 24"):
         generate_windows(model, video(1, 40), sampling=GREEDY, stride_segments=3)
+    with pytest.raises(ValueError, match="stride of 24"):
+        stream_windows(model, iter([video(1, 40)]), sampling=GREEDY, stride_segments=3)
+    with pytest.raises(ValueError, match="piece_steps=-1"):
+        stream_windows(model, iter([video(1, 40)]), sampling=GREEDY, piece_steps=-1)
+    with pytest.raises(ValueError, match="no video tokens"):
+        list(stream_windows(model, iter([]), sampling=GREEDY))
+    for prompt in (240, 250):
+        with pytest.raises(ValueError, match=f"prompt of {prompt} steps for a video of 240"):
+            generate_windows(model, video(1, 40), sampling=GREEDY, prompt=codes(1, prompt))
+        with pytest.raises(ValueError, match=f"prompt of {prompt} steps for a video of 240"):
+            list(stream_windows(model, pieces(video(1, 40), [9]), sampling=GREEDY, prompt=codes(1, prompt)))
+    schedule = [Window(range(8), range(48)), Window(range(8, 16), range(60, 90))]
+    with pytest.raises(ValueError, match="begins at step 60"):
+        generate_windows(model, video(1, 16), sampling=GREEDY, schedule=schedule)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"guidance": 0.5}])
