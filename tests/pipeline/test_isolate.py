@@ -420,10 +420,10 @@ def test_a_stream_that_was_killed_from_outside_goes_on(child: Child, tmp_path: P
 
 
 def test_memory_of_a_stream_is_limited_as_a_whole() -> None:
-    child = Child(Limits(clip_memory_mb=200))
+    child = Child(Limits(clip_memory_mb=60))
     with pytest.raises(MediaError, match="out_of_memory"):
         list(child.stream(faults.growing, 40, 30))
-    held = list(child.stream(faults.pieces, 40, 700_000))  # 400 MiB, but the taker's
+    held = list(child.stream(faults.pieces, 40, 200_000))  # 115 MiB, but the taker's
     assert len(held) == 40
     child.close()
 
