@@ -208,7 +208,7 @@ class VauraModule(LightningModule):
         self._fused = config.trainer.resolved_precision != "16-mixed"
         self.model.checkpoint_activations = config.trainer.checkpoint_activations
         if config.trainer.compile:
-            # Blocks are alike, so that one is compiled and serves for all: the whole at once takes as many times as long.
+            # Blocks are alike, so that one is compiled and serves for all: it takes no longer for more layers, as the whole at once would.
             for layer in self.model.layers:
                 layer.compile(dynamic=False)
 

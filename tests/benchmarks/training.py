@@ -1,12 +1,13 @@
 """Training speed: samples per second of a whole step, and what part of the device's matrix rate the model's own operations reach.
 
     python -m tests.benchmarks.training [size=small|medium|full] [batch=4] [rounds=5] [steps=2] [device=cpu] [precision=32-true|bf16-mixed]
-        [compile=false] [accumulate=1] [checkpoint_activations=false] [ema=false] [profile=false] [threads=0]
+        [compile=false] [accumulate=1] [checkpoint_activations=false] [ema=false] [against=] [profile=false] [threads=0]
 
 A step is forward, backward, clipping and AdamW as training takes them, on data that is already there (tests/benchmarks/step_wait.py has the wait for
 data). The model's operations are `forward_flops`, three times; recomputed ones are work, but not the model's. They are set against the rate of a bare
 matrix product of the same precision, as large as the model's own largest, measured in the same round; the rate that the maker gives for the device is
-printed too where it is known. Results are medians over rounds. The full size takes 12 GB on a CPU. The last line is JSON.
+printed too where it is known. `against=compile,ema,bf16` also times steps with these options turned over, each in a model of its own, and gives the
+ratio of its seconds to the plain step's in the same round. Results are medians over rounds. The full size takes 12 GB on a CPU. Last line: JSON.
 """
 
 import json
@@ -15,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,19 +36,42 @@ PEAKS = {"H100 80GB": 989.4, "H100 SXM": 989.4, "H200": 989.4, "H100 PCIe": 756.
 """Teraflop/s of dense bf16 with fp32 accumulation, as the makers give them, by what the device's name contains."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a step may have beyond the plain one."""
+
+    precision: str = "32-true"
+    compile: bool = False
+    accumulate: int = 1
+    checkpoint_activations: bool = False
+    ema: bool = False
+
+    def turned(self, name: str) -> "Options":
+        """The same with one option turned over."""
+        if name == "bf16":
+            return replace(self, precision="32-true" if self.precision == "bf16-mixed" else "bf16-mixed")
+        return replace(self, **{name: not getattr(self, name)})
+
+
 class Step:
     """One optimiser step, in pieces that can be timed."""
 
-    def __init__(self, model: Vaura, batch: int, accumulate: int, precision: str, ema: bool) -> None:
-        config, device = model.config, model.norm.weight.device
-        self.model, self.accumulate, self.half = model, accumulate, precision == "bf16-mixed"
-        self.optimiser = build_optimiser(model.parameters(), OptimiserConfig())
-        self.average = [p.detach().clone() for p in model.parameters()] if ema else []
+    def __init__(self, config: VauraConfig, batch: int, device: str, options: Options) -> None:
+        with torch.device(device):
+            self.model = Vaura(config).train()
+        self.model.checkpoint_activations = options.checkpoint_activations
+        self.accumulate, self.half = options.accumulate, options.precision == "bf16-mixed"
+        self.optimiser = build_optimiser(self.model.parameters(), OptimiserConfig())
+        self.average = [p.detach().clone() for p in self.model.parameters()] if options.ema else []
         steps = STEPS["full"] if config.codebooks == 9 else STEPS["small"]
         self.codes = torch.randint(config.card, (batch, config.codebooks, steps), device=device)
         self.features = torch.randn(batch, config.window_tokens, config.feature_width, device=device)
-
         self.loss = self.features.sum()
+        # Hooks on what is saved are not for compiled code, so this comes first.
+        self.saved_megabytes = saved_megabytes(self)
+        if options.compile:
+            for layer in self.model.layers:
+                layer.compile(dynamic=False)
 
     def __call__(self) -> None:
         """The whole step."""
@@ -92,21 +118,29 @@ def matmul_rate(config: VauraConfig, positions: int, device: str, precision: str
     return times * work / min(timed(lambda: [x @ weight.T for _ in range(times)], device) for _ in range(5))
 
 
-def measure(step: Step, steps: int, rounds: int, device: str, precision: str) -> list[dict[str, float]]:
-    """For each round: a bare product's flop/s, seconds of a step, and of its parts when each is waited for."""
+def measure(step: Step, others: dict[str, Step], steps: int, rounds: int, device: str, precision: str) -> list[dict[str, float]]:
+    """For each round: a bare product's flop/s, seconds of a step, of its parts when each is waited for, and of other steps."""
     samples = []
     for number in range(rounds + 1):
         figures = {
             "matmul": matmul_rate(step.model.config, len(step.codes) * (step.codes.shape[-1] + step.model.config.codebooks - 1), device, precision)
         }
 
-        figures["step"] = timed(lambda: [step() for _ in range(steps)], device) / steps
+        figures["step"] = timed(partial(several, step, steps), device) / steps
         figures["forward"] = timed(step.forward, device) * step.accumulate
         figures["backward"] = timed(step.backward, device) * step.accumulate
         figures["update"] = timed(step.update, device)
+        for name, other in others.items():
+            figures[name] = timed(partial(several, other, steps), device) / steps
         print(f"round {number}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         samples.append(figures)
     return samples[1:]  # The first warms up, and compiles.
+
+
+def several(work: Callable[[], object], times: int) -> None:
+    """The work, again and again."""
+    for _ in range(times):
+        work()
 
 
 def saved_megabytes(step: Step) -> float:
@@ -138,7 +172,8 @@ def main(argv: list[str]) -> None:
     """Measure and print."""
     options = {
         "size": "small", "batch": "4", "rounds": "5", "steps": "2", "device": "cpu", "precision": "32-true", "compile": "false",
-        "accumulate": "1", "checkpoint_activations": "false", "ema": "false", "profile": "false", "threads": "0",
+        "accumulate": "1", "checkpoint_activations": "false", "ema": "false", "against": "", "profile": "false",
+        "threads": "0",
     }  # fmt: skip
     given = dict(argument.split("=", 1) for argument in argv)
     if unknown := given.keys() - options.keys():
@@ -150,16 +185,11 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(0)
     config, device, precision = SIZES[options["size"]], options["device"], options["precision"]
     batch, accumulate = int(options["batch"]), int(options["accumulate"])
-    with torch.device(device):
-        model = Vaura(config).train()
-    model.checkpoint_activations = options["checkpoint_activations"] == "true"
-    step = Step(model, batch, accumulate, precision, options["ema"] == "true")
-    # Hooks on what is saved are not for compiled code, so this comes first.
-    saved = saved_megabytes(step)
-    if options["compile"] == "true":
-        for layer in model.layers:
-            layer.compile(dynamic=False)
-    rounds = measure(step, int(options["steps"]), int(options["rounds"]), device, precision)
+    switches = {name: options[name] == "true" for name in ("compile", "checkpoint_activations", "ema")}
+    chosen = Options(precision=precision, accumulate=accumulate, **switches)
+    step = Step(config, batch, device, chosen)
+    others = {name: Step(config, batch, device, chosen.turned(name)) for name in options["against"].split(",") if name}
+    rounds = measure(step, others, int(options["steps"]), int(options["rounds"]), device, precision)
     if options["profile"] == "true":
         print_profile(step, device)
     positions = step.codes.shape[-1] + config.codebooks - 1
@@ -177,11 +207,12 @@ def main(argv: list[str]) -> None:
         "batch": batch,
         "accumulate": accumulate,
         "threads": torch.get_num_threads(),
-        "parameters_millions": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
+        "parameters_millions": round(sum(p.numel() for p in step.model.parameters()) / 1e6, 1),
         "gigaflop_per_sample": round(work / batch / accumulate / 1e9, 1),
         "samples_per_s": median(lambda r: batch * accumulate / r["step"]),
         "seconds": {part: median(lambda r, part=part: r[part]) for part in ("step", "forward", "backward", "update")},
-        "saved_activation_megabytes": round(saved, 1),
+        "seconds_relative_to_this": {name: median(lambda r, name=name: r[name] / r["step"], 3) for name in others},
+        "saved_activation_megabytes": {name: round(each.saved_megabytes, 1) for name, each in {"this": step, **others}.items()},
         "peak_memory_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.startswith("cuda") else None,
         "teraflop_per_s": median(lambda r: work / r["step"] / 1e12),
         "matmul_teraflop_per_s": median(lambda r: r["matmul"] / 1e12),
