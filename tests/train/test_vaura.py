@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_model_follows_the_dataset() -> None:
         ({"max_steps": 199}, r"model.max_steps=199, a window takes 200 positions"),
     ],
 )
-def test_model_that_contradicts_the_dataset_is_refused(options: dict[str, int], message: str) -> None:
+def test_model_that_contradicts_the_dataset_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         derive_model(ModelOptions(**options), ENCODEC, 4)
 
