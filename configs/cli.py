@@ -15,7 +15,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "generate": ("pipeline.generate", "a run folder and videos -> the videos with generated sound"),
     "app": ("pipeline.app", "a page in the browser on which a video gets new sound"),
     "inspect": ("shards.inspect", "what a dataset holds: counts, failures by reason, sizes, provenance; one sample"),
-    "weights": ("model.weights", "fetch published weights into the cache"),
+    "weights": ("model.weights", "fetch published weights into the cache; make V-AURA's checkpoint a run folder"),
     "standin": ("pipeline.standin", "fit small stand-in networks from a media dataset, where published weights cannot be had"),
     "synth": ("pipeline.synth", "make clips by program, with known contact times"),
 }

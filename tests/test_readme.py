@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from configs import cli, load
-from pipeline import demo, estimate
+from pipeline import demo, estimate, generate
 from train import vaura
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +45,12 @@ def test_options_in_the_readme_exist() -> None:
 
 
 def test_every_yaml_fits_its_schema() -> None:
-    schemas = {"demo": demo.DemoConfig, "train_vaura": vaura.TrainConfig}
+    schemas = {"demo": demo.DemoConfig, "train_vaura": vaura.TrainConfig, "generate_published": generate.GenerateConfig}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(schemas)
     assert {path.name for path in (ROOT / "configs" / "cluster").glob("*.yaml")} == {"example_cluster.yaml", "rayjob.yaml"}
     load.load(estimate.Cluster, ["config=cluster/example_cluster"])  # the RayJob is Kubernetes' matter: tests/configs/test_cluster_recipes.py
     load.load(demo.DemoConfig, ["config=demo"])
+    load.load(generate.GenerateConfig, ["config=generate_published", "run=x", "out=y"])
     load.load(vaura.TrainConfig, ["config=train_vaura", "data=x", "out=y"])
     sections = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     for job in {f.name for f in fields(demo.DemoConfig)} & set(cli.JOBS):
