@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -456,11 +457,16 @@ def build(studio: Studio) -> Any:
                 message = error.message.replace(str(path), Path(path).name)
                 yield {status: failed(BLAMES.get(error.reason, BLAME), _sentence(message)), live: "", **ended}
             except Exception:
+                traceback.print_exc()
                 yield {status: failed("Something went wrong here", "It is not the video's fault; the server's log tells more."), live: "", **ended}
-                raise
             finally:
                 running.discard(mine)
                 given_up.discard(mine)
+
+        def refused() -> dict:
+            many, old = f"{config.max_waiting} videos wait already", f"the upload is older than {config.keep_minutes:g} minutes and gone"
+            why = f"Either {many}, which is as many as may, or {old}. Try again in a while."
+            return {status: failed("This could not be begun", why), **ended}
 
         def give_up(mine: str) -> dict:
             given_up.add(mine)
@@ -470,7 +476,8 @@ def build(studio: Studio) -> Any:
         wishes = [ticket, video, guidance, temperature, top_k, seed, start, duration, window_segments, stride]
         everything, hidden, private = [ticket, status, live, result, go, stop], "hidden", "private"
         clicked = go.click(begin, None, everything, queue=False, js=SHOW_STATUS, show_progress=hidden, api_visibility=private)
-        clicked.then(make, wishes, everything, concurrency_limit=1, show_progress=hidden, api_visibility=private)
+        making = clicked.then(make, wishes, everything, concurrency_limit=1, show_progress=hidden, api_visibility=private)
+        making.failure(refused, None, everything, queue=False, show_progress=hidden, api_visibility=private)
         stop.click(give_up, ticket, everything, queue=False, show_progress=hidden, api_visibility=private)
     blocks.queue(max_size=config.max_waiting, api_open=False)
     return blocks

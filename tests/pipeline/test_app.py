@@ -21,14 +21,12 @@ import numpy as np
 import pytest
 
 from model.generate import Sampling
-from model.vaura import VauraConfig
 from pipeline import app
 from pipeline.app import AppConfig, Progress, Result, Studio, Wish
 from pipeline.media import MediaError, decode
 from pipeline.sounder import Sounder, SoundOptions
 from tests.pipeline.clips import click_seconds, make_clip
-from tests.pipeline.networks import SMALL_TOWER, small_networks
-from tests.pipeline.test_sounder import write_run
+from tests.pipeline.networks import small_networks, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE_HZ = 24000
@@ -38,20 +36,7 @@ OPTIONS = SoundOptions(sampling=Sampling(guidance=2.0, top_k=20))
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    networks = small_networks(folder)
-    model = VauraConfig(
-        layers=2,
-        width=48,
-        heads=2,
-        visual_width=16,
-        feature_width=SMALL_TOWER.width,
-        codebooks=3,
-        card=64,
-        steps_per_token=6,
-        window_tokens=16,
-        max_steps=112,
-    )
-    return write_run(folder, Path(networks["codec"]), tower=networks["tower"], model=model)
+    return small_run(folder, small_networks(folder))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +210,18 @@ def server(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "configs.cli", "app", str(run_folder), f"port={port}", "device=cpu", "threads=1", "max_upload_mb=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "configs.cli",
+        "app",
+        str(run_folder),
+        f"port={port}",
+        "device=cpu",
+        "threads=1",
+        "max_upload_mb=2",
+        "max_waiting=1",
+    ]
     environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     log = tmp_path_factory.mktemp("log") / "app.log"
     with log.open("w") as file:
@@ -360,7 +356,7 @@ def test_a_video_gets_new_sound(visitor: Any, server: Server, clips: Path, tmp_p
     assert page.broke == []
 
 
-def test_what_is_wrong_is_said_on_the_page(visitor: Any, clips: Path) -> None:
+def test_what_is_wrong_is_said_on_the_page(visitor: Any, server: Server, clips: Path) -> None:
     page = visitor
 
     def wrong() -> str:
@@ -392,16 +388,27 @@ def test_what_is_wrong_is_said_on_the_page(visitor: Any, clips: Path) -> None:
     page.click("#upload button[aria-label='Clear'], #upload button[title='Clear']")
     page.set_input_files("#upload input[type=file]", str(clips / "large.mp4"))
     page.get_by_text("exceed the maximum").first.wait_for()
+    large = {"name": "large.mp4", "mimeType": "video/mp4", "buffer": (clips / "large.mp4").read_bytes()}
+    assert page.request.post(f"{server.url}gradio_api/upload", multipart={"files": large}).status == 413  # not only by the page
+
+
+def test_it_listens_where_it_was_told_to(server: Server) -> None:
+    port = int(server.url.rsplit(":")[-1].strip("/"))
+    socket.create_connection(("127.0.0.1", port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port))  # this machine as well, by another address
 
 
 def test_visitors_wait_for_each_other_and_one_may_give_up(browser: Any, server: Server, visitor: Any, clips: Path) -> None:
-    first, second = visitor, visit(browser, server)
+    first, second, third = visitor, visit(browser, server), visit(browser, server)
     drop(first, clips / "long.mp4")
     drop(second, clips / "clip.mp4")
     press(first)
     first.wait_for_selector("#status progress")
     press(second)
     second.get_by_text("Another video is being worked on").wait_for()
+    press(third)
+    third.get_by_text("This could not be begun").wait_for()
     first.click("#stop")
     first.get_by_text("Stopped").wait_for()
     wait_done(second)
@@ -410,6 +417,7 @@ def test_visitors_wait_for_each_other_and_one_may_give_up(browser: Any, server: 
     results = [path for path in server.temporary.glob("soundshard-app-*/made/*") if not (path / "copied.mp4").exists()]
     assert results == []  # what was given up is gone
     second.close()
+    third.close()
 
 
 def app_folders(server: Server) -> list[Path]:
