@@ -38,8 +38,6 @@ from model.vaura import Vaura, VauraConfig
 from model.weights import Checkpoint, Placeholder, read_checkpoint, save_state, sha256_file, told
 
 C = TypeVar("C")
-FOLDER = "vaura"
-"""Name of the run folder in the cache."""
 SAMPLER, TOWER, CODEC = "sampler.", "visual_feature_extractor.", "audio_encoder.model."
 HEAD_CHANNELS = 96
 """Channels of an attention head of the published decoder."""

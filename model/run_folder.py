@@ -21,6 +21,8 @@ from model.vaura import Vaura, VauraConfig
 from model.weights import load_state, load_strictly, save_state, sha256_file
 
 CONFIG = "config.yaml"
+RELEASED = "vaura"
+"""The name of the published model, and of its run folder in the cache."""
 LAST, BEST = "model", "best"
 """Names of the weights files, without `.safetensors`: the latest step's, and those of the smallest validation loss."""
 
@@ -104,6 +106,16 @@ def read_config(folder: str | os.PathLike) -> RunConfig:
 def write_model(folder: str | os.PathLike, model: Vaura, *, name: str = LAST) -> None:
     """Write the decoder's weights under the released names, with its configuration in the file's metadata; whole or not at all."""
     save_state(Path(folder) / f"{name}.safetensors", model.state_dict(), asdict(model.config))
+
+
+def named_run(name: str) -> str:
+    """A run folder's absolute path or address; `vaura`, if there is no folder of that name, is the converted published model in the cache."""
+    if name != RELEASED or Path(name).exists():
+        return storage.absolute(name)
+    path = storage.cache_dir() / RELEASED
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"run={name}: not in the cache; `soundshard weights get=vaura` makes it, with file= from a checkpoint that you have")
+    return str(path)
 
 
 def local_run(folder: str | os.PathLike) -> str:

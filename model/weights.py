@@ -605,9 +605,9 @@ def run(config: WeightsConfig) -> list[Path]:
 
 
 def _vaura(config: WeightsConfig) -> Path:
-    from model import released  # it reads files with this module, which knows no network
+    from model import released, run_folder  # they read files with this module, which knows no network
 
-    out = cache_dir() / released.FOLDER if config.out is None else storage.only_local(config.out, option="out")
+    out = cache_dir() / run_folder.RELEASED if config.out is None else storage.only_local(config.out, option="out")
     return released.install(out, lambda: fetch("vaura", url=config.url) if config.file is None else released.local_source(config.file))
 
 

@@ -27,7 +27,7 @@ from configs import storage
 from configs.clock import FRAME_RATE_HZ
 from configs.load import JobError, job_main, to_plain
 from model.engine import EngineOptions
-from model.run_folder import local_run, read_config
+from model.run_folder import local_run, named_run, read_config
 from model.weights import resolve, sha256_file
 from pipeline.discover import VIDEO_SUFFIXES, Clip, DiscoverConfig, discover, key_of
 from pipeline.features import Decoded, Features, TowerOptions
@@ -57,7 +57,7 @@ class GenerateConfig(SoundOptions, DiscoverConfig):
     """A csv with the header `file,start_sec` (the published test sets): takes these videos only, each from its start; those not there are rows
     that have failed."""
     run: str = "???"
-    """Run folder of `soundshard train`, or of `soundshard weights get=vaura`."""
+    """Run folder of `soundshard train`; `vaura` is the one that `soundshard weights get=vaura` makes."""
     weights: str = "model"
     """Which weights of the run: `model` (the latest), `best` (the smallest validation loss) or `ema` (their moving average)."""
     out: str = "???"
@@ -91,9 +91,8 @@ class GenerateConfig(SoundOptions, DiscoverConfig):
 
 @dataclass(frozen=True)
 class Job:
-    """What every process must know beside the options: where the networks are, where videos start, and what is asked for."""
+    """What every process must know beside the options: where videos start, and what is asked for."""
 
-    networks: Networks
     starts: dict[str, float]
     """Seconds at which a video's stretch starts, by key; 0 for those not in it."""
     request: str
@@ -114,22 +113,19 @@ class Film(MediaError):  # noqa: N818 - not an error
 
 def run(config: GenerateConfig) -> list[dict[str, Any]]:
     """Put generated sound under videos: for each an mp4 with the original pictures, a wav and a ledger row."""
-    trained = read_config(local_run(config.run))
-    config.check(trained)
+    config = replace(config, run=named_run(config.run))
+    config.check(read_config(local_run(config.run)))
     if config.candidates < 1 or config.batch_clips < 1:
         raise ValueError(f"candidates={config.candidates}, batch_clips={config.batch_clips}: expected 1 or more")
     config = replace(
         config,
-        run=storage.absolute(config.run),
         data=storage.absolute(config.data) if config.data else "",
         out=storage.absolute(config.out),
         sync_weights=str(resolve(config.sync_weights).absolute()) if config.candidates > 1 else config.sync_weights,
     )
-    networks = find_networks(
-        config.run, tower=config.tower, codec=config.codec_weights, weights=config.weights, precision=config.precision, engine=config.engine
-    )
+    networks = own_networks(config)
     clips, starts = videos(config)
-    job = Job(networks, starts, request_id(config, networks.run, starts))
+    job = Job(starts, request_id(config, networks.run, starts))
     todo = [clip for clip in clips if not _is_done(config.out, clip, job)]
     print(f"generate: {len(clips) - len(todo)} videos done, {len(todo)} to do", flush=True)
     if todo:
@@ -147,12 +143,17 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def own_networks(config: GenerateConfig) -> Networks:
+    """The run's networks as files of the machine that this is called on."""
+    return find_networks(
+        config.run, tower=config.tower, codec=config.codec_weights, weights=config.weights, precision=config.precision, engine=config.engine
+    )
+
+
 def _generate_all(config: GenerateConfig, job: Job, todo: list[Clip]) -> None:
     """Deal batches of videos to the processes that hold the networks."""
     if config.tower.device == "auto":
-        tower = replace(config.tower, device=cluster_device())
-        config = replace(config, tower=tower)
-        job = replace(job, networks=replace(job.networks, tower=replace(job.networks.tower, device=tower.device)))
+        config = replace(config, tower=replace(config.tower, device=cluster_device()))
     waiting = deque(todo[start : start + config.batch_clips] for start in range(0, len(todo), config.batch_clips))
     on_gpu = config.tower.device.startswith("cuda")
     remote = ray.remote(Generator).options(num_gpus=int(on_gpu), num_cpus=1 if on_gpu else config.tower.threads, max_restarts=2, max_task_retries=2)
@@ -199,7 +200,7 @@ class Generator:
 
     def __init__(self, config: GenerateConfig, job: Job) -> None:
         self.config, self.job = config, job
-        self.sounder = Sounder(job.networks, config)
+        self.sounder = Sounder(own_networks(config), config)
         self.media = Index.open(config.data, kind="media") if config.data else None
         self.scorer = SyncScorer(config.sync_weights, device=str(self.sounder.featuriser.device)) if config.candidates > 1 else None
         self._pictures: dict[str, np.ndarray] = {}

@@ -24,7 +24,7 @@ from torch import Tensor
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_SECONDS, SEGMENT_TOKENS
 from model.engine import Engine, EngineOptions
 from model.generate import generate_windows, stream_windows
-from model.run_folder import RunConfig, local_run, read_config, read_run_folder
+from model.run_folder import RunConfig, local_run, named_run, read_config, read_run_folder
 from model.sampling import Sampling
 from model.schedule import published_schedule
 from model.weights import resolve, sha256_file
@@ -117,7 +117,7 @@ def find_networks(
     run: str, *, tower: TowerOptions, codec: str = "", weights: str = "model", precision: str = "fp32", engine: EngineOptions | None = None
 ) -> Networks:
     """The networks of a run: given files, else those recorded with the run. Raises ValueError for others than it was trained on."""
-    local = local_run(run)
+    local = local_run(named_run(run))
     trained = read_config(local)
     found: dict[str, str] = {}
     for name, given in (("tower", tower.weights), ("codec", codec)):

@@ -21,7 +21,6 @@ from pipeline.features import TowerOptions
 from pipeline.generate import GenerateConfig, Generator, Job, read_starts, request_id, videos
 from pipeline.media import decode, decode_audio, decode_video
 from pipeline.normalise import Normalisation
-from pipeline.sounder import find_networks
 from tests.model.fill import fill_module
 from tests.pipeline.clips import make_clip
 from tests.pipeline.networks import small_dac_run, small_networks, small_run
@@ -50,9 +49,8 @@ def made(run: Path, source: Path, out: Path, **changes: object) -> dict[str, dic
         run=str(run), source=str(source), out=str(out), sampling=Sampling(guidance=2.0, top_k=20), tower=TowerOptions(weights="", device="cpu")
     )
     config = replace(base, **{"short_side": 64, **changes})
-    networks = find_networks(config.run, tower=config.tower, engine=config.engine)
     todo, starts = videos(config)
-    generator = Generator(config, Job(networks, starts, request_id(config, networks.run, starts)))
+    generator = Generator(config, Job(starts, request_id(config, config.run, starts)))
     return {progress.row["key"]: progress.row for progress in generator.batch(todo) if progress.row is not None}
 
 
@@ -163,6 +161,7 @@ def test_what_does_not_go_together_is_refused(run_folder: Path, clips: Path, tmp
 
 
 def refusals() -> Iterator[tuple[str, str]]:
+    yield "run=vaura", "`soundshard weights get=vaura` makes it"
     yield "windows=published duration_seconds=1.28", "expected DAC 44.1 kHz"
     yield "candidates=0", "expected 1 or more"
     yield "candidates=2 sync_weights=nothing.pt", "nothing.pt"
