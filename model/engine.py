@@ -107,8 +107,8 @@ def _product(x, matrix):
         sums = (weight.float()[:, None] * x.float()).sum(-1)
         return (sums if scale is None else sums * scale.float()[:, None]).T.to(x.dtype)
     if scale is None:
-        # MKL's product of two or more rows with a matrix's transpose reads the matrix several times; the other way round, once.
-        return torch.mm(weight, x.T).T if on_cpu and x.dtype == torch.float32 else F.linear(x, weight)
+        # MKL's product of two or more rows with a matrix's transpose reads the matrix several times; the other way round, once, for contiguous rows.
+        return torch.mm(weight, x.contiguous().T).T.contiguous() if on_cpu and x.dtype == torch.float32 else F.linear(x, weight)
     if on_cpu:
         return torch._weight_int8pack_mm(x.bfloat16(), weight, scale).to(x.dtype)
     return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
