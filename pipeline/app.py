@@ -24,7 +24,7 @@ from fractions import Fraction
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -63,8 +63,8 @@ class AppConfig:
     """The codec's weights file; empty takes the one that the run was trained on."""
     device: str = "auto"
     """`cpu`, `cuda` or `auto`: a GPU if there is one."""
-    precision: str = "fp32"
-    """Arithmetic of the decoder: fp32, bf16 or fp16."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the decoder."""
     threads: int = 0
     """CPU threads; 0 takes all cores."""
     host: str = "127.0.0.1"
