@@ -155,6 +155,17 @@ def test_int8_is_a_quarter_of_the_bytes_at_a_small_loss() -> None:
     assert made.min() >= 0 and made.max() < config.card
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_with_odd_widths(dtype: torch.dtype) -> None:
+    """Which not every kernel can do: steps of one, two and many rows, and a prefill."""
+    model = filled(CONFIG).to(dtype)
+    plain, small = Engine(model), Engine(model, EngineOptions(weights="int8"))
+    for batch in (1, 3, 17):
+        sequence = torch.randint(CONFIG.card, (batch, CONFIG.codebooks, 9))
+        exact, rounded = (engine.score(video(batch, 5), sequence, prefill=4, guided=batch != 3).float() for engine in (plain, small))
+        assert (exact - rounded).abs().mean() < 0.05 * exact.std()
+
+
 def test_the_precision_is_the_models_and_under_autocast_its_own(model: Vaura) -> None:
     assert Engine(model).dtype == torch.float32
     half = Engine(model, dtype=torch.bfloat16)
