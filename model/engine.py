@@ -22,8 +22,8 @@ from model.vaura import NORM_EPS, Block, Vaura, rotary
 
 UNKNOWN = -1
 """Stands in the sequence for a code that is yet to be drawn."""
-FEW_ROWS = 2
-"""Up to this many rows a compiled product is written as a sum: a pass over the weights, which a library's matrix product of so few rows is not."""
+FEW_ROWS = 4
+"""Up to this many rows a compiled product is written as sums: one pass over the weights, which a library's matrix product of so few rows is not."""
 GRAPHS = ("auto", "off", "cuda", "compile")
 
 
@@ -104,8 +104,9 @@ def _product(x, matrix):
     weight, scale = matrix
     on_cpu = x.device.type == "cpu"
     if torch.compiler.is_compiling() and len(x) <= FEW_ROWS and not (on_cpu and scale is not None):
-        sums = (weight.float()[:, None] * x.float()).sum(-1)
-        return (sums if scale is None else sums * scale.float()[:, None]).T.to(x.dtype)
+        # A sum for each row, which the compiler takes in one pass together.
+        sums = torch.stack([(weight.float() * row.float()).sum(-1) for row in x.unbind(0)])
+        return (sums if scale is None else sums * scale.float()).to(x.dtype)
     if scale is None:
         # MKL's product of two or more rows with a matrix's transpose reads the matrix several times; the other way round, once, for contiguous rows.
         return torch.mm(weight, x.contiguous().T).T.contiguous() if on_cpu and x.dtype == torch.float32 else F.linear(x, weight)
