@@ -62,6 +62,6 @@ class CodecClock:
         return floor(segments * SEGMENT_SECONDS * self.rate)
 
     def window_steps(self, start_frame: int, segments: int) -> range:
-        """Codec steps of the window of `segments` segments that starts at frame `start_frame` (25 fps)."""
-        start = self.step_at(Fraction(start_frame, FRAME_RATE_HZ))
+        """Codec steps of the window of `segments` segments that starts at frame `start_frame` (25 fps), from the step that begins nearest to it."""
+        start = floor(Fraction(start_frame, FRAME_RATE_HZ) * self.rate + Fraction(1, 2))
         return range(start, start + self.steps_in(segments))

@@ -34,8 +34,8 @@ def total_steps(tokens: int, clock: Fraction) -> int:
 class WindowPlan:
     """The windows over a video whose length is known only when it ends: regular starts, and a last window that ends with the video.
 
-    The last one is as long as the others, as in training; only a video shorter than a window has a short one. Windows begin at the step in which
-    their first token begins and end before the one in which the next begins; the last is rounded up, so that its sound covers the whole video.
+    The last one is as long as the others, as in training; only a video shorter than a window has a short one. Windows begin at the step that begins
+    nearest to their first token, as training's do; the last one's end is rounded up, so that its sound covers the whole video.
     Nothing accumulates: every window's steps come from its tokens' exact place.
     """
 
@@ -69,7 +69,7 @@ class WindowPlan:
         yield Window(range(start, tokens), range(self._step(start), total_steps(tokens, self.clock)))
 
     def _step(self, token: int) -> int:
-        return math.floor(token * self.clock)
+        return math.floor(token * self.clock + Fraction(1, 2))
 
 
 def windows(tokens: int, clock: Fraction, *, window_tokens: int, stride_tokens: int) -> list[Window]:

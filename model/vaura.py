@@ -91,10 +91,6 @@ class VauraConfig:
         """The code that stands where there is none."""
         return self.card
 
-    def steps_at(self, tokens: int) -> int:
-        """The codec step at which video token `tokens` begins, which is also the whole steps in that many tokens."""
-        return math.floor(tokens * self.token_clock)
-
 
 def forward_flops(config: VauraConfig, positions: int, tokens: int) -> int:
     """Floating-point operations of one sample's forward pass: two for each multiplication and addition of its matrix products, the rest left out.

@@ -189,7 +189,8 @@ def derive_model(options: ModelOptions, spec: dict[str, Any], segments: int) -> 
     }
     given = {f.name: getattr(options, f.name) for f in fields(VauraConfig)}
     conflicts = [f"model.{name}={given[name]}, the dataset has {value}" for name, value in derived.items() if given[name] not in (0, value)]
-    positions = clock.steps_in(segments) + codec["codebooks"]
+    # Generation's last window reaches from the step nearest to its start to the one that covers its end: up to two more, where steps do not fit.
+    positions = clock.steps_in(segments) + codec["codebooks"] + (0 if steps_per_token.denominator == 1 else 2)
     if 0 < options.max_steps < positions:
         conflicts.append(f"model.max_steps={options.max_steps}, a window takes {positions} positions")
     if conflicts:

@@ -155,7 +155,6 @@ def test_each_position_sees_the_token_of_its_time(ratio: tuple[int, int], expect
     if ratio == (6, 1):
         assert torch.equal(past_the_end, model.empty_video_emb[0].expand(2, -1))
     # Position i of the fraction 441/64 sees token floor(64 i / 441): the codec step that begins at i * 512/44100 s, of tokens of 0.08 s.
-    assert config.steps_at(32) == (192 if ratio == (6, 1) else 220)
 
 
 @torch.no_grad()
