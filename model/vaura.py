@@ -2,7 +2,7 @@
 
 Every sequence step of the delay pattern is one position: the sum of its codebooks' embeddings beside the video token of that time, concatenated on
 channels, through LLaMA blocks to one head per codebook. Parameter names are those of the released checkpoint under `sampler.`.
-Knows tensors only: no files, no codec, no trainer; sampling and its cache live in `generate.py`.
+Knows tensors only: no files, no codec, no trainer; generation has an engine of its own in `engine.py`.
 """
 
 import math
@@ -112,22 +112,6 @@ class VauraLoss(NamedTuple):
     per_codebook: Float[Tensor, " q"]
 
 
-class KeyValueCache:
-    """What one attention layer remembers of earlier positions, in memory allocated once."""
-
-    def __init__(self, batch: int, heads: int, positions: int, head_width: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(batch, heads, positions, head_width, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-
-    def extend(self, keys: Float[Tensor, "b heads s d"], values: Float[Tensor, "b heads s d"]) -> tuple[Tensor, Tensor]:
-        """Append positions; returns views of everything so far."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation, in fp32 whatever the input's precision."""
 
@@ -168,16 +152,12 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Float[Tensor, "b s d"], rope: Float[Tensor, "2 s c"], cache: KeyValueCache | None = None) -> Float[Tensor, "b s d"]:
+    def forward(self, x: Float[Tensor, "b s d"], rope: Float[Tensor, "2 s c"]) -> Float[Tensor, "b s d"]:
         b, s, _ = x.shape
         qkv = self.wqkv(x).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # Split and not indexed: going back, each index would make a gradient for all three and fill what it does not have with zeros.
         turning, values = qkv.split((2, 1))
         (queries, keys), values = rotate(turning, rope).unbind(0), values.squeeze(0)
-        if cache is not None:
-            # The causal mask below is aligned to the first key, so several positions at once must be the first ones.
-            assert s == 1 or cache.length == 0
-            keys, values = cache.extend(keys, values)
         mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=s > 1)
         return self.wo(mixed.transpose(1, 2).reshape(b, s, -1))
 
@@ -206,8 +186,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "b s d"], rope: Float[Tensor, "2 s c"], cache: KeyValueCache | None = None) -> Float[Tensor, "b s d"]:
-        x = x + self.drop(self.attention(self.attention_norm(x), rope, cache))
+    def forward(self, x: Float[Tensor, "b s d"], rope: Float[Tensor, "2 s c"]) -> Float[Tensor, "b s d"]:
+        x = x + self.drop(self.attention(self.attention_norm(x), rope))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from model.run_folder import RunConfig, write_config, write_model
 from model.synchformer_visual import VisualTower, VisualTowerConfig, save_tower
 from model.vaura import Vaura, VauraConfig
 from model.weights import sha256_file
+from pipeline.generate import GenerateConfig, Generator, Job, request_id, videos
 from tests.model.fill import fill_module
 
 SMALL_TOWER = VisualTowerConfig(image_size=48, patch_size=16, width=24, depth=1, heads=2)
@@ -65,3 +67,11 @@ def small_dac_run(folder: Path) -> Path:
     save_codec(folder / "dac.safetensors", codec)
     model = replace(SMALL_VAURA, codebooks=2, steps_per_token=441, steps_per_token_divisor=64, max_steps=256)
     return small_run(folder, networks | {"codec": str(folder / "dac.safetensors")}, model)
+
+
+def made_here(config: GenerateConfig) -> dict[str, dict[str, Any]]:
+    """The rows by key of what generation makes, in this process: batch after batch, without Ray."""
+    todo, starts = videos(config)
+    generator = Generator(config, Job(starts, request_id(config, config.run, starts)))
+    batches = [todo[start : start + config.batch_clips] for start in range(0, len(todo), config.batch_clips)]
+    return {progress.row["key"]: progress.row for batch in batches for progress in generator.batch(batch) if progress.row is not None}

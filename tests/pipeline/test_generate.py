@@ -16,7 +16,7 @@ from pipeline.discover import Clip
 from pipeline.features import TowerOptions
 from pipeline.media import EncodeConfig, decode
 from tests.pipeline.clips import make_clip
-from tests.pipeline.networks import small_networks, small_run
+from tests.pipeline.networks import made_here, small_networks, small_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS_PER_SEGMENT = 48
@@ -87,7 +87,7 @@ def wav_samples(path: Path) -> int:
 def test_sound_depends_on_the_seed_and_the_clip_but_not_on_the_batch(run_folder: Path, videos: Path, tmp_path: Path) -> None:
     outs = {}
     for name, changes in {"together": {}, "alone": {"batch_clips": 1}, "other": {"seed": 5}}.items():
-        generate.run(options(run_folder, source=str(videos), out=str(tmp_path / name), **changes))
+        made_here(options(run_folder, source=str(videos), out=str(tmp_path / name), **changes))
         outs[name] = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.wav")}
     assert outs["together"] == outs["alone"] and len(outs["alone"]) == 4
     assert all(outs["other"][name] != sound for name, sound in outs["together"].items())
@@ -95,7 +95,7 @@ def test_sound_depends_on_the_seed_and_the_clip_but_not_on_the_batch(run_folder:
 
 
 def test_durations_are_whole_segments(run_folder: Path, videos: Path, tmp_path: Path) -> None:
-    rows = {r["key"]: r for r in generate.run(options(run_folder, source=str(videos), out=str(tmp_path), duration_seconds=1.28))}
+    rows = made_here(options(run_folder, source=str(videos), out=str(tmp_path), duration_seconds=1.28))
     assert rows["a"]["duration_seconds"] == pytest.approx(1.28) and rows["silent"]["reason"] == "too_short"
     assert wav_samples(tmp_path / "a.wav") == round(1.28 * RATE_HZ)
     assert 32 <= len(decode(tmp_path / "a.mp4").frames) <= 34  # cut by packets: a picture that an earlier one needs may stay

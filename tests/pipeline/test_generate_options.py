@@ -18,12 +18,12 @@ from model.synchformer import SyncConfig, Synchformer, save_synchformer
 from model.synchformer_audio import AudioTower, AudioTowerConfig
 from model.synchformer_visual import VisualTower, VisualTowerConfig
 from pipeline.features import TowerOptions
-from pipeline.generate import GenerateConfig, Generator, Job, read_starts, request_id, videos
+from pipeline.generate import GenerateConfig, read_starts
 from pipeline.media import decode, decode_audio, decode_video
 from pipeline.normalise import Normalisation
 from tests.model.fill import fill_module
 from tests.pipeline.clips import make_clip
-from tests.pipeline.networks import small_dac_run, small_networks, small_run
+from tests.pipeline.networks import made_here, small_dac_run, small_networks, small_run
 
 RATE_HZ = 24000
 
@@ -48,10 +48,7 @@ def made(run: Path, source: Path, out: Path, **changes: object) -> dict[str, dic
     base = GenerateConfig(
         run=str(run), source=str(source), out=str(out), sampling=Sampling(guidance=2.0, top_k=20), tower=TowerOptions(weights="", device="cpu")
     )
-    config = replace(base, **{"short_side": 64, **changes})
-    todo, starts = videos(config)
-    generator = Generator(config, Job(starts, request_id(config, config.run, starts)))
-    return {progress.row["key"]: progress.row for progress in generator.batch(todo) if progress.row is not None}
+    return made_here(replace(base, **{"short_side": 64, **changes}))
 
 
 def wav(path: Path) -> np.ndarray:

@@ -35,7 +35,7 @@ def sounder(run_folder: Path) -> Sounder:
 @pytest.fixture(scope="module")
 def minute(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("film") / "minute.mp4"
-    make_clip(path, seconds=Fraction(MINUTE_SECONDS) + Fraction(3, 25), frame_rate=Fraction(25))
+    make_clip(path, seconds=Fraction(MINUTE_SECONDS) + Fraction(3, 25), width=48, height=32)
     return path
 
 
