@@ -120,12 +120,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return rms_norm(x, self.weight)
-
-
-def rms_norm(x: Float[Tensor, "... d"], weight: Float[Tensor, " d"]) -> Float[Tensor, "... d"]:
-    """The norm itself, for those that hold the weight alone."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), NORM_EPS).type_as(x)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS).type_as(x)
 
 
 def rotary(positions: int, head_width: int, device: torch.device | None = None) -> Float[Tensor, "2 positions head_width"]:
