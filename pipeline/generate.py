@@ -286,7 +286,7 @@ class Generator:
             raise Film("film", f"{pictures / FRAME_RATE_HZ:.0f} s")
         if self.scorer is not None:
             self._pictures[clip.key] = pictures
-        return Decoded(whole_segments(pictures), self.sounder.prompt(source, stretch), own_frames=len(pictures))
+        return Decoded(whole_segments(pictures), self.sounder.prompt(source, stretch, len(pictures)), own_frames=len(pictures))
 
     def _put(self, clip: Clip, draft: "Draft", frames: int, more: dict[str, Any]) -> Progress:
         """Put the finished sound under the pictures, and everything where it belongs; the row last: its presence says that the clip is done."""

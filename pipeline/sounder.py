@@ -31,7 +31,7 @@ from model.weights import resolve, sha256_file
 from pipeline import isolate
 from pipeline.features import DTYPES, CodecOptions, Decoded, FeatureOptions, Featuriser, TowerOptions
 from pipeline.isolate import Limits, call
-from pipeline.media import decode_audio, video_frames
+from pipeline.media import MediaError, decode_audio, video_frames
 from pipeline.stretch import Stretch, film_pictures
 
 Sound = Float32[np.ndarray, "channels samples"]
@@ -189,17 +189,22 @@ class Sounder:
     def film(self, video: str | Path | bytes, stretch: Stretch, *, seed: int, short_side: int | None = 256) -> Iterator[Sound]:
         """Sound for one video as a stream: decoded, featurised, generated and decoded from codes piece by piece."""
         frames = stretch.frames_of(call(video_frames, video, limits=Limits()))
-        prompt = self.prompt(video, stretch)
+        prompt = self.prompt(video, stretch, frames)
         decoding = partial(film_pictures, short_side=short_side, piece_segments=FILM_PIECE_SEGMENTS)
         pictures = isolate.stream(decoding, video, stretch, limits=Limits())
         codes = None if prompt is None else self.encode(prompt)[None]
         pieces = self.waves(self.tokens(pictures), seeds=[seed], prompt=codes)
         yield from (piece[0] for piece in self.cut(pieces, frames))
 
-    def prompt(self, video: str | Path | bytes, stretch: Stretch) -> Sound | None:
-        """The stretch's own sound for as long as the prompt is; None without one. Raises MediaError where there is no sound."""
+    def prompt(self, video: str | Path | bytes, stretch: Stretch, frames: int) -> Sound | None:
+        """The stretch's own sound for as long as the prompt is; None without one. Raises MediaError for no sound, or a stretch of no more frames."""
         if not self.options.prompt_seconds:
             return None
+        if frames <= self.options.prompt_seconds * FRAME_RATE_HZ:
+            raise MediaError(
+                "too_short",
+                f"{frames / FRAME_RATE_HZ:.2f} s of pictures; nothing is left to make after prompt_seconds={self.options.prompt_seconds:g}",
+            )
         own = call(partial(decode_audio, sample_rate_hz=self.sample_rate_hz, channels=self.codec.channels), video, limits=Limits())
         start, samples = self.samples_of(stretch.start_frame), round(self.options.prompt_seconds * self.sample_rate_hz)
         return own[:, start : start + samples]

@@ -47,7 +47,7 @@ class PreviewConfig:
     clips: int = 0
     """The first so many windows of the validation split; 0: none. Needs the codec's weights."""
     every: int = 1
-    """At every so manieth validation."""
+    """Every how many validations: 1 is each of them."""
     seed: int = 666
     """Of the draws: the same at each validation, so that what changes is the model."""
     sampling: Sampling = field(default_factory=Sampling)

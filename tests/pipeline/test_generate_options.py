@@ -9,9 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from configs import cli
 from configs.load import load
+from model.codecs import load_codec
 from model.engine import EngineOptions
 from model.sampling import Sampling
 from model.synchformer import SyncConfig, Synchformer, save_synchformer
@@ -141,6 +143,17 @@ def test_the_published_evaluation(clips: Path, tmp_path: Path) -> None:
     assert sound.shape[1] == int(1.28 * 86) * 512 and np.abs(sound).max() <= 0.5012
     exact = made(run, clips, tmp_path / "exact", duration_seconds=1.28, sampling=options["sampling"])
     assert exact["clip0"]["status"] == "ok" and wav(tmp_path / "exact" / "clip0.wav").shape[1] == round(1.28 * 44100)
+
+
+def test_a_prompt_as_long_as_the_video_leaves_nothing_to_make(run_folder: Path, clips: Path, tmp_path: Path) -> None:
+    rows = made(run_folder, clips, tmp_path / "clips", prompt_seconds=2.0) | made(
+        run_folder, clips, tmp_path / "films", prompt_seconds=2.0, film_seconds=1.0
+    )
+    assert {key: row["reason"] for key, row in rows.items()} == {"clip0": None, "clip1": None, "clip2": "too_short"}
+    codec, own = load_codec(run_folder / "codec.safetensors"), decode_audio(clips / "clip0.mp4", RATE_HZ, 1)[:, : 2 * RATE_HZ]
+    coded = codec.decode(codec.encode(torch.from_numpy(own)[None]))[0, :, : -2 * codec.hop_samples].clamp(-1, 1)  # the next step reaches back
+    for kind in ("clips", "films"):
+        np.testing.assert_allclose(wav(tmp_path / kind / "clip0.wav")[:, : coded.shape[1]], coded.numpy(), atol=1e-4)
 
 
 def test_int8_weights_are_another_request(run_folder: Path, clips: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def whole_pictures(path: Path, segments: int) -> np.ndarray:
 def test_a_prompt_is_the_videos_own_sound(sounder: Sounder, minute: Path) -> None:
     sounder.options = replace(OPTIONS, duration_seconds=3.2, prompt_seconds=2.0)
     made = sounder.generate(minute, start_seconds=4.0)
-    own = sounder.prompt(minute, Stretch.of(4.0, 5))
+    own = sounder.prompt(minute, Stretch.of(4.0, 5), 80)
     sounder.options = OPTIONS
     assert own is not None and own.shape[1] == 2 * sounder.sample_rate_hz
     coded = sounder.codec.decode(sounder.encode(own)[None])[0].numpy()
