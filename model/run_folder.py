@@ -123,12 +123,18 @@ def local_run(folder: str | os.PathLike) -> str:
     return os.fspath(storage.local_folder(folder))
 
 
-def read_model(folder: str | os.PathLike, *, name: str = LAST) -> Vaura:
-    """The decoder of a run folder, on the CPU in evaluation mode. `name`: `model` (the latest weights) or `best` (the smallest validation loss)."""
+def weights_file(folder: str | os.PathLike, name: str) -> Path:
+    """The file of a run's weights called `name`; ValueError with the names there are."""
     path = Path(folder) / f"{name}.safetensors"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in Path(folder).glob("*.safetensors")))
         raise ValueError(f"{path} does not exist; the run folder has {there or 'no weights yet: training writes them with its first checkpoint'}")
+    return path
+
+
+def read_model(folder: str | os.PathLike, *, name: str = LAST) -> Vaura:
+    """The decoder of a run folder, on the CPU in evaluation mode. `name`: `model` (the latest), `best` (the smallest validation loss) or `ema`."""
+    path = weights_file(folder, name)
     tensors, config = load_state(path)
     if config is None:
         raise ValueError(f"{path} has no configuration in its metadata; expected a file that `soundshard train` wrote")

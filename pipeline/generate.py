@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from jaxtyping import Float32
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 from configs import storage
 from configs.clock import FRAME_RATE_HZ
 from configs.load import JobError, job_main, to_plain
 from model.engine import EngineOptions
-from model.run_folder import local_run, named_run, read_config
+from model.run_folder import local_run, named_run, read_config, weights_file
 from model.weights import resolve, sha256_file
 from pipeline.discover import VIDEO_SUFFIXES, Clip, DiscoverConfig, discover, key_of
 from pipeline.features import Decoded, Features, TowerOptions
@@ -39,6 +40,7 @@ from pipeline.ray_loop import RayConfig, cluster
 from pipeline.sounder import Networks, Sound, Sounder, SoundOptions, clip_seed, find_networks
 from pipeline.stretch import Stretch, clip_pictures, whole_segments
 from pipeline.sync_score import SyncScorer
+from pipeline.workers import root_cause
 from shards.dataset import fingerprint
 from shards.read import Index
 
@@ -83,8 +85,8 @@ class GenerateConfig(SoundOptions, DiscoverConfig):
     """The visual tower; without weights, the one that the run was trained on."""
     codec_weights: str = ""
     """The codec's weights file; empty takes the one that the run was trained on."""
-    precision: str = "fp32"
-    """Arithmetic of the decoder: fp32, bf16 or fp16."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the decoder."""
     engine: EngineOptions = field(default_factory=EngineOptions)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -170,6 +172,8 @@ def _generate_all(config: GenerateConfig, job: Job, todo: list[Clip]) -> None:
                     bar.update(cast(Progress, ray.get(next(batch))))
                 except StopIteration:
                     idle.append(running.pop(batch))
+                except RayError as error:
+                    raise JobError(f"{root_cause(error)}; what is done is kept, the same command goes on") from error
 
 
 class Bar:
@@ -391,7 +395,7 @@ def read_starts(path: str) -> dict[str, float]:
 def request_id(config: GenerateConfig, run: str, starts: dict[str, float]) -> str:
     """A hash of what decides the sound: the decoder's weights and the options."""
     decides = {
-        "model": sha256_file(Path(run) / f"{config.weights}.safetensors"),
+        "model": sha256_file(weights_file(run, config.weights)),
         "options": {f.name: to_plain(value) if is_dataclass(value := getattr(config, f.name)) else value for f in fields(SoundOptions)},
         "made": [config.precision, config.engine.weights, config.candidates, config.originals, to_plain(config.normalisation), starts],
     }

@@ -35,6 +35,7 @@ from pipeline.media import MediaError, decode_audio, video_frames
 from pipeline.stretch import Stretch, film_pictures
 
 Sound = Float32[np.ndarray, "channels samples"]
+Precision = Literal["fp32", "bf16", "fp16"]
 FILM_PIECE_SEGMENTS = 4
 """Segments of a film that are decoded and go through the tower at a time: 42 MB of pictures at 256 x 454."""
 
@@ -108,13 +109,13 @@ class Networks:
     """The codec's weights file."""
     weights: str = "model"
     """Which weights of the run."""
-    precision: str = "fp32"
-    """Arithmetic of the decoder: fp32, bf16 or fp16."""
+    precision: Precision = "fp32"
+    """Arithmetic of the decoder."""
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def find_networks(
-    run: str, *, tower: TowerOptions, codec: str = "", weights: str = "model", precision: str = "fp32", engine: EngineOptions | None = None
+    run: str, *, tower: TowerOptions, codec: str = "", weights: str = "model", precision: Precision = "fp32", engine: EngineOptions | None = None
 ) -> Networks:
     """The networks of a run: given files, else those recorded with the run. Raises ValueError for others than it was trained on."""
     local = local_run(named_run(run))
@@ -159,7 +160,7 @@ class Sounder:
         self.engine = Engine(model.to(self.featuriser.device, self.dtype).eval(), networks.engine)
 
     @classmethod
-    def open(cls, run: str, options: SoundOptions = SoundOptions(), *, device: str = "auto", precision: str = "fp32") -> "Sounder":
+    def open(cls, run: str, options: SoundOptions = SoundOptions(), *, device: str = "auto", precision: Precision = "fp32") -> "Sounder":
         """The networks of a run folder whose weights files are where it says."""
         return cls(find_networks(run, tower=TowerOptions(weights="", device=device), precision=precision), options)
 
