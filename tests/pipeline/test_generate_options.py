@@ -180,7 +180,7 @@ def refusals() -> Iterator[tuple[str, str]]:
     yield "engine.weights=int4", "expected as_is or int8"
     yield "starts=nothing.csv", "nothing.csv"
     yield "precision=int4", "expected one of"
-    yield "weights=ema", "the run folder has model"
+    yield "weights=ema", "ema.safetensors does not exist"
 
 
 def test_notes_are_in_the_row(run_folder: Path, tmp_path: Path) -> None:
