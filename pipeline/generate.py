@@ -177,11 +177,13 @@ def _generate_all(config: GenerateConfig, job: Job, todo: list[Clip]) -> None:
 
 
 class Bar:
-    """One line: videos, failures, and how fast sound comes out."""
+    """One line: videos, failures, and how fast sound comes out. A log file gets it now and then instead of a line that redraws itself."""
 
     def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, desc="generate", unit="video")
-        self._seconds, self._failed = 0.0, 0
+        # It is drawn from here alone, so that a film shows its progress too.
+        self._bar = tqdm(total=total, desc="generate", unit="video", mininterval=1e9)
+        self._seconds, self._failed, self._drawn = 0.0, 0, 0.0
+        self._every = 0.5 if sys.stderr.isatty() else 30.0
 
     def __enter__(self) -> "Bar":
         return self
@@ -195,8 +197,12 @@ class Bar:
         if progress.row is not None:
             self._failed += progress.row["status"] == "failed"
             self._bar.update()
-        taken = max(self._bar.format_dict["elapsed"], 1e-3)
-        self._bar.set_postfix_str(f"failed={self._failed}, {self._seconds:.0f} s of sound, {self._seconds / taken:.2g} x real time")
+        elapsed = self._bar.format_dict["elapsed"]
+        rate = self._seconds / max(elapsed, 1e-3)
+        self._bar.set_postfix_str(f"failed={self._failed}, {self._seconds:.0f} s of sound, {rate:.2g} x real time", refresh=False)
+        if elapsed - self._drawn >= self._every:
+            self._drawn = elapsed
+            self._bar.refresh()
 
 
 class Generator:

@@ -4,6 +4,7 @@ Knows features and codes only: no video and no tower; what the dataset records o
 things alone, the embeddings' start and previews (`train.codec`).
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -137,7 +138,7 @@ def run(config: TrainConfig) -> Path:
         if is_first():
             raise KeyboardInterrupt from None
     else:
-        best = f", smallest validation loss {metrics.best:.4f}" if validation else ""
+        best = f", smallest validation loss {metrics.best:.4f}" if math.isfinite(metrics.best) else ""
         say(f"{folder} is finished: step {config.trainer.max_steps}{best}; `soundshard generate run={folder}` uses it")
     return folder
 
