@@ -68,8 +68,8 @@ class SoundOptions:
 
     def check(self, trained: RunConfig) -> None:
         """Raises ValueError where the options do not go together, or not with the run."""
-        clock = trained.codec_clock
-        if self.windows == "published" and (clock.rate != Fraction(44100, 512) or not self.segments):
+        clock, segments = trained.codec_clock, self.segments
+        if self.windows == "published" and (clock.rate != Fraction(44100, 512) or not segments):
             raise ValueError(
                 f"windows=published with duration_seconds={self.duration_seconds:g} and a codec of {float(clock.rate):g} steps/s: expected DAC "
                 "44.1 kHz (86.13 steps/s), which the released model uses, and a duration; windows=exact is right for every codec"

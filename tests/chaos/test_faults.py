@@ -34,7 +34,7 @@ def undisturbed(inputs: tuple[Path, dict[str, str]], tmp_path_factory: pytest.Te
 
 @pytest.mark.slow
 def test_workers_nodes_and_decoders_die_and_object_storage_ends_up_whole(tmp_path: Path) -> None:
-    figures = run(clips=40, bad=6, seed=1, nodes=3, remote=True, kill_seconds=2.0, node_kills=1, job="prepare", folder=tmp_path)
+    figures = run(clips=60, bad=7, seed=1, nodes=3, remote=True, kill_seconds=2.0, node_kills=1, job="prepare", folder=tmp_path)
     assert figures["wrong"] == []
     assert sum(figures["killed"].values()) >= 2, "nothing was killed, so nothing was shown"
 

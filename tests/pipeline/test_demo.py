@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import typing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,9 @@ def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
 
 def test_interrupted_it_keeps_what_is_done_and_leaves_no_process(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "configs.cli", "demo", f"out={tmp_path}", "synth={clips: 400, width: 96, height: 72}"]
-    process = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    # Under a shell's `&` interrupts are ignored, and so by what is started from there.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heeding)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("clips/*.mp4")) and time.monotonic() < deadline:
         time.sleep(0.1)
