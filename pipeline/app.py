@@ -456,7 +456,7 @@ def build(studio: Studio) -> Any:
             except MediaError as error:
                 message = error.message.replace(str(path), Path(path).name)
                 yield {status: failed(BLAMES.get(error.reason, BLAME), _sentence(message)), live: "", **ended}
-            except Exception:
+            except Exception:  # a visitor's page must end in words; the log has all of it, and the next visitor is served
                 traceback.print_exc()
                 yield {status: failed("Something went wrong here", "It is not the video's fault; the server's log tells more."), live: "", **ended}
             finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import storage
+from configs import cli, storage
 from shards.read import Index
 from tests.chaos.harness import Driver, check, rows, sha256s
 from tests.pipeline.clips import make_clip
@@ -14,7 +14,7 @@ from tests.s3 import S3
 
 
 @pytest.mark.slow
-def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("SOUNDSHARD_CACHE", str(tmp_path / "cache"))
     clips, networks = tmp_path / "clips", small_networks(tmp_path)
     clips.mkdir()
@@ -29,6 +29,10 @@ def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypat
         assert driver.wait(240) == 0, driver.text
         return driver.text
 
+    def here(name: str, *arguments: str) -> str:
+        assert cli.main([name, *arguments]) == 0
+        return capsys.readouterr().out
+
     small = ("encode.short_side=64", "encode.preset=ultrafast", "clips_per_shard=3", "ray.num_cpus=2", "actors=1", "tower.device=cpu")
     weights = (f"tower.weights={s3.url}/weights/tower.safetensors", f"codec.weights={s3.url}/weights/codec.safetensors")
     local = ("prepare", f"source={clips}", f"out={tmp_path}/data", *small, f"tower.weights={networks['tower']}", f"codec.weights={networks['codec']}")
@@ -38,7 +42,10 @@ def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypat
     for dataset in ("media", "features"):
         assert check(f"{s3.url}/data/{dataset}", clips, {"text": "undecodable"}) == []
         assert sha256s(f"{s3.url}/data/{dataset}") == sha256s(f"{tmp_path}/data/{dataset}")
-    assert "undecodable" in job("inspect", f"{s3.url}/data/features")
+    # Where nothing is left to do no cluster starts, so that these run here.
+    again = here("prepare", f"source={s3.url}/in", f"out={s3.url}/data", *small, *weights)
+    assert "reencode: 3 shards done, 0 to do" in again and "featurise: 3 shards done, 0 to do" in again
+    assert "undecodable" in here("inspect", f"{s3.url}/data/features")
 
     model = (
         "model.layers=1",
@@ -57,6 +64,7 @@ def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypat
             storage.write_bytes(f"{s3.url}/run/{path.relative_to(tmp_path / 'run')}", path.read_bytes())
     sound = ("ray.num_cpus=2", "tower.device=cpu", "duration_seconds=1.28", "limit=2")
     assert "2 ok, 0 failed" in job("generate", f"run={s3.url}/run", f"source={s3.url}/in", f"out={s3.url}/sound", *sound)
+    assert "2 videos done, 0 to do" in here("generate", f"run={s3.url}/run", f"source={s3.url}/in", f"out={s3.url}/sound", *sound)
     row = json.loads(storage.read_bytes(f"{s3.url}/sound/clip0.json"))
     assert row["status"] == "ok" and storage.stat(f"{s3.url}/sound/{row['mp4']}")
     assert Index.open(f"{s3.url}/data/features").ok == 6 and len(rows(f"{s3.url}/data/media")) == 7
