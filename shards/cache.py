@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -39,7 +40,8 @@ class RangeCache:
     def __init__(self, folder: str | os.PathLike, limit_bytes: int) -> None:
         if storage.is_remote(folder):
             raise ValueError(f"cache_dir is {folder}; expected a folder on a local disk")
-        self._folder, self._limit, self._pause_until, self._told = Path(folder), limit_bytes, 0.0, False
+        self._folder, self._limit, self._pause_until = Path(folder), limit_bytes, 0.0
+        self._telling, self._told = threading.Lock(), False
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._locked() as count:
             storage.sweep(self._folder)  # what killed processes were writing
@@ -74,9 +76,10 @@ class RangeCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             self._pause_until = time.monotonic() + FULL_SECONDS
-            if not self._told:
+            with self._telling:  # many threads may find out at once
+                told, self._told = self._told, True
+            if not told:
                 log.warning("%s: cannot keep what was fetched, going on without (%s)", self._folder, error)
-            self._told = True
 
     def _reserve(self, path: Path, temporary: Path, size: int) -> BinaryIO | None:
         """A new file that counts with its size from now on; None if there is no room, or another process was faster."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -126,6 +127,20 @@ def test_a_folder_that_fails_is_done_without(tmp_path, local, remote, caplog):  
     batches.close()
     assert_equal(with_cache, take(stream(local), 12))
     assert sum("cannot keep what was fetched, going on without" in record.message for record in caplog.records) == 1
+
+
+def test_many_threads_that_find_a_folder_failing_say_so_once(tmp_path, caplog):
+    cache = RangeCache(tmp_path / "cache", 10**6)
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    together = threading.Barrier(8)
+
+    def put(number: int) -> None:
+        together.wait()
+        cache.put(FOUND, number, data(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(8)))
+    assert sum("cannot keep what was fetched" in record.message for record in caplog.records) == 1
 
 
 # --- with the stream -------------------------------------------------------------------------------------------------------------------
