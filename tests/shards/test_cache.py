@@ -1,10 +1,10 @@
 """The cache of ranges: what it holds is what was put there, never more than its limit, whoever shares it and however they end."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -129,17 +129,17 @@ def test_a_folder_that_fails_is_done_without(tmp_path, local, remote, caplog):  
     assert sum("cannot keep what was fetched, going on without" in record.message for record in caplog.records) == 1
 
 
-def test_many_threads_that_find_a_folder_failing_say_so_once(tmp_path, caplog):
+def test_threads_that_find_a_folder_failing_together_say_so_once(tmp_path, caplog):
     cache = RangeCache(tmp_path / "cache", 10**6)
-    (tmp_path / "cache").rename(tmp_path / "gone")
-    together = threading.Barrier(8)
-
-    def put(number: int) -> None:
-        together.wait()
-        cache.put(FOUND, number, data(number))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(put, range(8)))
+    slow_log = logging.Handler()
+    slow_log.emit = lambda _record: time.sleep(0.2)  # so that the second finds it out while the first still says so
+    cache_module.log.addHandler(slow_log)
+    with ThreadPoolExecutor(4) as pool, cache._locked():
+        puts = [pool.submit(cache.put, FOUND, number, data(number)) for number in range(4)]
+        time.sleep(0.2)  # they wait for the lock now
+        (tmp_path / "cache").rename(tmp_path / "gone")
+    cache_module.log.removeHandler(slow_log)
+    assert [put.result() for put in puts] == [None] * 4
     assert sum("cannot keep what was fetched" in record.message for record in caplog.records) == 1
 
 
