@@ -212,7 +212,8 @@ class Generator:
         self.config, self.job = config, job
         self.sounder = Sounder(own_networks(config), config)
         self.media = Index.open(config.data, kind="media") if config.data else None
-        self.scorer = SyncScorer(config.sync_weights, device=str(self.sounder.featuriser.device)) if config.candidates > 1 else None
+        device = str(self.sounder.featuriser.device)
+        self.scorer = SyncScorer(config.sync_weights, device, head="offset") if config.candidates > 1 else None
         self._pictures: dict[str, np.ndarray] = {}
 
     def batch(self, clips: list[Clip]) -> Iterator[Progress]:

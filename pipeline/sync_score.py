@@ -1,10 +1,10 @@
-"""How well sound fits pictures in time: Synchformer's offsets for a clip, and the best of several sounds for one clip.
+"""How well sound fits pictures in time: what Synchformer says of any cuts of a clip, of a whole clip, and of several sounds for one clip.
 
-Pictures go through the visual tower once, however many sounds are compared with them, and a segment that several windows share goes
+Pictures go through the visual tower once, however many sounds are compared with them, and a segment that several windows or cuts share goes
 through a tower once. Knows no files of media, no Ray, and nothing of what made the sound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +17,8 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from configs.clock import SEGMENT_FRAMES
-from model.segments import OFFSET, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, SEGMENT_SAMPLES
-from model.synchformer import Synchformer, load_synchformer
+from model.segments import OFFSET, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, SEGMENT_SAMPLES, SYNCHRONISABLE, Cut, SegmentGrid
+from model.synchformer import Head, Synchformer, load_synchformer
 from model.synchformer_audio import LogMel
 from model.synchformer_visual import normalise
 from pipeline.features import DTYPES, pick_device
@@ -30,6 +30,12 @@ NEAR_CLASSES = 1
 SOUND_BATCH = 8
 """Segments of sound that a pass of the audio tower takes, for each segment of pictures in one of the visual tower, which is 28 times the work."""
 RESIZED_AT_ONCE = 32
+GRIDS: dict[Head, SegmentGrid] = {"offset": OFFSET, "synchronisable": SYNCHRONISABLE}
+HEADS: dict[Head, str] = {
+    "offset": "says by how much sound and pictures are apart, not whether they can be synchronised",
+    "synchronisable": "says whether clips can be synchronised, not by how much they are apart",
+}
+WANTED: dict[Head, str] = {"offset": "predicts offsets, like `sync`", "synchronisable": "knows what can be synchronised, like `synchability`"}
 
 
 @dataclass(frozen=True)
@@ -83,28 +89,44 @@ def best_of(probabilities: Float[Tensor, "waves classes"]) -> int:
 
 
 class SyncScorer:
-    """A Synchformer with its offset head, on one device.
+    """A Synchformer on one device.
 
     On clips of at least 4.8 s the probabilities mean what the published network's do. A shorter one (2.56 s of generated sound) is repeated
     to fill the window: it was not trained on such joints, so its answer only ranks sounds for the same pictures.
     """
 
     def __init__(
-        self, weights: str = "sync", device: str = "auto", precision: Literal["fp32", "bf16", "fp16"] = "fp32", *, batch_segments: int = 16
+        self,
+        weights: str = "sync",
+        device: str = "auto",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        *,
+        batch_segments: int = 16,
+        head: Head | None = None,
     ) -> None:
         """Loads the network: a weights file, or the name of a published one in the cache. `batch_segments` segments of pictures go through the
-        tower at a time.
+        tower at a time. With `head`, only a network with that head will do.
 
-        Raises ValueError for a network without an offset head, FileNotFoundError where weights are missing.
+        Raises ValueError for a network with another head, FileNotFoundError where weights are missing.
         """
         if batch_segments < 1:
             raise ValueError(f"batch_segments is {batch_segments}; expected at least 1")
         self.device = pick_device(device)
         self.model: Synchformer = load_synchformer(weights, device=self.device)
-        if self.model.config.head != "offset":
-            raise ValueError(f"{weights}: says whether clips can be synchronised, not by how much they are apart; give a network like `sync`")
+        if head not in (None, self.head):
+            raise ValueError(f"{weights}: {HEADS[self.head]}; expected a network that {WANTED[head]}")
         self.log_mel = LogMel(self.model.afeat_extractor.config).to(self.device)
         self.precision, self.batch_segments = DTYPES[precision], batch_segments
+
+    @property
+    def head(self) -> Head:
+        """What the network answers."""
+        return self.model.config.head
+
+    @property
+    def grid(self) -> SegmentGrid:
+        """How a cut is taken apart for this network, as published for its head."""
+        return GRIDS[self.head]
 
     # --- answers ---
 
@@ -131,20 +153,58 @@ class SyncScorer:
         probabilities = self.compare(self.see(frames), waves, sample_rate_hz)
         return best_of(probabilities), synchrony(probabilities).tolist()
 
+    @torch.inference_mode()
+    def cut_logits(
+        self,
+        frames: UInt8[np.ndarray | Tensor, "n h w 3"],
+        wave: Float32[np.ndarray | Tensor, "samples"],
+        cuts: Sequence[Cut],
+        grid: SegmentGrid,
+    ) -> Float[Tensor, "cuts classes"]:
+        """The head's logits for cuts of a clip, exactly where they lie, on the CPU: `grid` says which segments of a cut are compared.
+
+        `frames` are pictures at 25 fps of any size, of which the middle is looked at; `wave` is their sound at 16 kHz, in one channel. Cuts may
+        overlap, come in any order and be there twice: every segment goes through its tower once. Raises ValueError for a cut that reaches beyond
+        the clip, and for a grid of other segments than the network compares.
+        """
+        self.check_grid(grid)
+        for cut in cuts:
+            last_frame, last_sample = cut.start_frame + grid.frame_starts()[-1], cut.start_sample + grid.sample_starts()[-1]
+            if min(cut.start_frame, cut.start_sample) < 0 or last_frame + SEGMENT_FRAMES > len(frames) or last_sample + SEGMENT_SAMPLES > len(wave):
+                raise ValueError(f"{cut} reaches beyond a clip of {len(frames)} frames and {len(wave)} samples")
+        if not cuts:
+            return torch.empty(0, self.model.config.classes)
+        frame_starts = _distinct((cut.start_frame, grid.frame_starts()) for cut in cuts)
+        sample_starts = _distinct((cut.start_sample, grid.sample_starts()) for cut in cuts)
+        pictures = _pictures(frames, self.model.vfeat_extractor.config.image_size)
+        seen = self._visual_tokens(pictures, list(frame_starts))
+        heard = self._audio_tokens(_tensor(wave).to(self.device)[None], list(sample_starts))[0]
+        visual = torch.tensor([[frame_starts[cut.start_frame + start] for start in grid.frame_starts()] for cut in cuts])
+        audio = torch.tensor([[sample_starts[cut.start_sample + start] for start in grid.sample_starts()] for cut in cuts])
+        pairs = zip(visual.split(self.batch_segments), audio.split(self.batch_segments), strict=True)
+        return torch.cat([self.logits(seen[v.to(self.device)], heard[a.to(self.device)]) for v, a in pairs])
+
     # --- the steps ---
+
+    def check_grid(self, grid: SegmentGrid) -> None:
+        """Raises ValueError if the network does not compare so many segments."""
+        if grid.segments != self.model.config.segments:
+            raise ValueError(f"{grid.segments} segments in a cut; this network compares {self.model.config.segments}")
+
+    @torch.inference_mode()
+    def logits(
+        self, visual: Float[Tensor, "b segments v visual_width"], audio: Float[Tensor, "b segments a audio_width"]
+    ) -> Float[Tensor, "b classes"]:
+        """The head's logits from tokens of the towers, on the CPU."""
+        with self._autocast():
+            return self.model.compare(visual.to(self.device), audio.to(self.device)).float().cpu()
 
     @torch.inference_mode()
     def see(self, frames: UInt8[np.ndarray | Tensor, "n h w 3"]) -> Seen:
         """The visual tower over a clip's pictures at 25 fps; its result can be compared with any number of sounds."""
         layout = Layout.of(len(frames), self.model.config.segments)
         pictures = _pictures(frames, self.model.vfeat_extractor.config.image_size)
-        within = torch.arange(SEGMENT_FRAMES)
-        tokens: list[Tensor] = []
-        for batch in torch.tensor(layout.starts).split(self.batch_segments):
-            pixels = pictures[(batch[:, None] + within) % layout.frames].to(self.device)
-            with self._autocast():
-                tokens.append(self.model.vfeat_extractor(normalise(pixels).unsqueeze(1))[:, 0].float())
-        return Seen(layout, torch.cat(tokens))
+        return Seen(layout, self._visual_tokens(pictures, layout.starts))
 
     @torch.inference_mode()
     def compare(self, seen: Seen, waves: Sequence[Float32[np.ndarray | Tensor, "_ _"]], sample_rate_hz: int) -> Float[Tensor, "waves classes"]:
@@ -177,13 +237,33 @@ class SyncScorer:
         """The audio tower over every segment of every sound."""
         # The beginning once more after the end, for segments that go on there.
         rounds = torch.stack([torch.cat([wave, wave[:SEGMENT_SAMPLES]]) for wave in waves])
-        places = [(i, start * SAMPLES_PER_FRAME) for i in range(len(waves)) for start in layout.starts]
+        return self._audio_tokens(rounds, [start * SAMPLES_PER_FRAME for start in layout.starts])
+
+    def _visual_tokens(self, pictures: UInt8[Tensor, "n size size 3"], starts: Sequence[int]) -> Float[Tensor, "segments tokens width"]:
+        """The visual tower over segments of pictures, in batches; what would lie beyond the last picture goes on with the first."""
+        within = torch.arange(SEGMENT_FRAMES)
+        tokens: list[Tensor] = []
+        for batch in torch.tensor(starts).split(self.batch_segments):
+            pixels = pictures[(batch[:, None] + within) % len(pictures)].to(self.device)
+            with self._autocast():
+                tokens.append(self.model.vfeat_extractor(normalise(pixels).unsqueeze(1))[:, 0].float())
+        return torch.cat(tokens)
+
+    def _audio_tokens(self, waves: Float[Tensor, "waves samples"], starts: Sequence[int]) -> Float[Tensor, "waves segments tokens width"]:
+        """The audio tower over the segments of sounds of one length, in batches."""
+        places = [(i, start) for i in range(len(waves)) for start in starts]
         tokens: list[Tensor] = []
         for first in range(0, len(places), step := SOUND_BATCH * self.batch_segments):
-            spectrograms = self.log_mel(torch.stack([rounds[i, start : start + SEGMENT_SAMPLES] for i, start in places[first : first + step]]))
+            spectrograms = self.log_mel(torch.stack([waves[i, start : start + SEGMENT_SAMPLES] for i, start in places[first : first + step]]))
             with self._autocast():
                 tokens.append(self.model.afeat_extractor(spectrograms.unsqueeze(1))[:, 0].float())
         return torch.cat(tokens).unflatten(0, (len(waves), -1))
+
+
+def _distinct(places: Iterable[tuple[int, range]]) -> dict[int, int]:
+    """Where segments start, each once and in order, with the number that each has then."""
+    starts = sorted({first + start for first, starts in places for start in starts})
+    return {start: number for number, start in enumerate(starts)}
 
 
 def _pictures(frames: UInt8[np.ndarray | Tensor, "n h w 3"], size: int) -> UInt8[Tensor, "n size size 3"]:

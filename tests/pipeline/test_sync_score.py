@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 import torchaudio.functional
 from torch import Tensor
 
-from model.segments import OFFSET, SEGMENT_SAMPLES
+from model.segments import OFFSET, SEGMENT_SAMPLES, SYNCHRONISABLE, Cut, SegmentGrid, cut_at, draw_cut
 from model.synchformer import SyncConfig, Synchformer, save_synchformer
 from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel
 from model.synchformer_visual import VisualTower, VisualTowerConfig, normalise
@@ -173,6 +174,58 @@ def test_larger_pictures_are_brought_to_size(scorer: SyncScorer) -> None:
     assert scorer.see(read_only).tokens.shape == (2, 8, 22)
 
 
+# --- cuts ---
+
+
+@torch.inference_mode()
+def cut_oracle(model: Synchformer, frames: np.ndarray, wave: np.ndarray, cut: Cut, grid: SegmentGrid) -> Tensor:
+    """Logits of one cut: its segments one by one through the whole network."""
+    shown = torch.from_numpy(frames[:, 2:30, 6:34].copy())
+    pixels = [shown[cut.start_frame + start : cut.start_frame + start + 16] for start in grid.frame_starts()]
+    heard = [wave[cut.start_sample + start : cut.start_sample + start + SEGMENT_SAMPLES] for start in grid.sample_starts()]
+    spectrograms = LogMel()(torch.from_numpy(np.stack(heard)))
+    return model(torch.stack([normalise(own) for own in pixels])[None], spectrograms[None])[0]
+
+
+def test_cuts_are_compared_where_they_lie_and_a_segment_goes_through_a_tower_once(scorer: SyncScorer) -> None:
+    frames, wave = pictures(250), sound(250)[0]
+    drawn = draw_cut(random.Random(3), -1.2, 250, 160000, jitter_seconds=0.05)
+    cuts = [cut_at(0.0, 0.0), drawn, cut_at(0.64, 0.0), cut_at(0.0, 2.0), cut_at(0.0, 0.0), cut_at(2.32, -1.4)]
+    passes: list[tuple[str, int]] = []
+    towers = {"pictures": scorer.model.vfeat_extractor, "sound": scorer.model.afeat_extractor}
+    hooks = [tower.register_forward_hook(lambda _m, _a, out, name=name: passes.append((name, len(out)))) for name, tower in towers.items()]
+    found = scorer.cut_logits(frames, wave, cuts, OFFSET)
+    for hook in hooks:
+        hook.remove()
+    expected = torch.stack([cut_oracle(network(), frames, wave, cut, OFFSET) for cut in cuts])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found[0], found[4]) and (found[0] - found[3]).abs().max() > 1e-3
+    for name, starts in (("pictures", OFFSET.frame_starts()), ("sound", OFFSET.sample_starts())):
+        firsts = [cut.start_frame if name == "pictures" else cut.start_sample for cut in cuts]
+        assert sum(n for kind, n in passes if kind == name) == len({first + start for first in firsts for start in starts}) < 14 * 6
+
+
+def test_a_network_of_the_other_head_answers_with_two_logits(tmp_path: Path) -> None:
+    model = network(SyncConfig(**{**vars(SMALL), "head": "synchronisable", "segments": 13}))
+    save_synchformer(tmp_path / "other.safetensors", model)
+    scorer = SyncScorer(str(tmp_path / "other.safetensors"), "cpu", batch_segments=4)
+    assert (scorer.head, scorer.grid) == ("synchronisable", SYNCHRONISABLE)
+    frames, wave = pictures(130), sound(130)[0]
+    cuts = [cut_at(0.0, 0.0, SYNCHRONISABLE), cut_at(0.6, 0.1, SYNCHRONISABLE)]
+    expected = torch.stack([cut_oracle(model, frames, wave, cut, SYNCHRONISABLE) for cut in cuts])
+    torch.testing.assert_close(scorer.cut_logits(frames, wave, cuts, SYNCHRONISABLE), expected, atol=1e-5, rtol=1e-4)
+    assert scorer.cut_logits(frames, wave, [], SYNCHRONISABLE).shape == (0, 2)
+    with pytest.raises(ValueError, match="14 segments in a cut; this network compares 13"):
+        scorer.cut_logits(frames, wave, [cut_at(0.0, 0.0)], OFFSET)
+
+
+def test_a_cut_beyond_the_clip_is_refused(scorer: SyncScorer) -> None:
+    frames, wave = pictures(125), sound(125)[0]
+    for cut in (cut_at(0.2, 0.0), cut_at(0.0, 0.2), Cut(start_frame=0, frames=125, start_sample=-1, samples=80000, offset_seconds=0.0)):
+        with pytest.raises(ValueError, match="beyond a clip of 125 frames and 80000 samples"):
+            scorer.cut_logits(frames, wave, [cut_at(0.0, 0.0), cut], OFFSET)
+
+
 # --- candidates ---
 
 
@@ -216,8 +269,10 @@ def test_wrong_inputs_are_refused(scorer: SyncScorer, weights: str, tmp_path: Pa
         SyncScorer(weights, "cpu", batch_segments=0)
     other = network(SyncConfig(**{**vars(SMALL), "head": "synchronisable", "segments": 13}))
     save_synchformer(tmp_path / "other.safetensors", other)
-    with pytest.raises(ValueError, match="give a network like `sync`"):
-        SyncScorer(str(tmp_path / "other.safetensors"), "cpu")
+    with pytest.raises(ValueError, match="predicts offsets, like `sync`"):
+        SyncScorer(str(tmp_path / "other.safetensors"), "cpu", head="offset")
+    with pytest.raises(ValueError, match="like `synchability`"):
+        SyncScorer(weights, "cpu", head="synchronisable")
 
 
 @pytest.mark.slow
@@ -230,7 +285,8 @@ def test_a_real_clips_tokens_are_those_of_the_reference(shared: Path) -> None:
         visual, audio = VisualTower().eval(), AudioTower().eval()
     fill_module(visual.to_empty(device="cpu"), "vfeat_extractor.")
     fill_module(audio.to_empty(device="cpu"), "afeat_extractor.")
-    frames = torch.from_numpy(view_crop("", 0, *clip.frames.shape[1:3], 224).apply(clip.frames).copy())
+    _, height, width, _ = clip.frames.shape
+    frames = torch.from_numpy(view_crop("", 0, height, width, 224).apply(clip.frames).copy())
     for segment in (3, 13):
         start = OFFSET.frame_starts()[segment]
         # The reference's own arithmetic, in half precision.
