@@ -57,6 +57,16 @@ class RunConfig:
         path = self.weights.get(name, {}).get("path")
         return None if path is None else Path(folder).absolute() / path
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed from: the data's spec and the network's sizes. Plain values."""
+        data = {"fingerprint": self.data["fingerprint"], "spec": self.data["spec"]}
+        return {**data, "model": dict(vars(self.model)), "window_segments": self.window_segments}
+
+    @staticmethod
+    def completed(identity: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's identity of an earlier version: sizes that it does not name came after it, and have their defaults there."""
+        return {**identity, "model": dict(vars(VauraConfig(**identity["model"])))}
+
 
 def write_config(folder: str | os.PathLike, config: RunConfig) -> None:
     """Write `config.yaml`, whole or not at all."""
@@ -105,7 +115,12 @@ def read_config(folder: str | os.PathLike) -> RunConfig:
 
 def write_model(folder: str | os.PathLike, model: Vaura, *, name: str = LAST) -> None:
     """Write the decoder's weights under the released names, with its configuration in the file's metadata; whole or not at all."""
-    save_state(Path(folder) / f"{name}.safetensors", model.state_dict(), asdict(model.config))
+    write_state(folder, model.state_dict(), model.config, name=name)
+
+
+def write_state(folder: str | os.PathLike, state: Mapping[str, torch.Tensor], config: VauraConfig, *, name: str = LAST) -> None:
+    """`write_model` for a decoder whose tensors are at hand and not in one piece."""
+    save_state(Path(folder) / f"{name}.safetensors", state, asdict(config))
 
 
 def named_run(name: str) -> str:

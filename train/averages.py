@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.vaura import Vaura
 from train.sharding import gather, like, local
@@ -98,13 +98,19 @@ class Averages(Callback):
         return {name.removeprefix("model."): p for name, p in pl_module.named_parameters() if p.requires_grad}
 
 
-def assembled(model: Vaura, instead: Mapping[str, Tensor] | None = None, *, keep: bool) -> Vaura | None:
-    """The decoder in one piece, in evaluation mode, without copying where it is in one piece already; `instead` are parameters that replace its own.
+def whole_state(model: nn.Module, instead: Mapping[str, Tensor] | None = None, *, keep: bool) -> dict[str, Tensor] | None:
+    """A model's tensors by name, without copying those that are in one piece already; `instead` are parameters that replace its own.
 
-    Where it is sharded, every process must call this, and it lies on the CPU of those that `keep` it; the others get None.
+    Where they are sharded, every process must call this, and they lie on the CPU of those that `keep` them; the others get None.
     """
     state = gather({**model.state_dict(), **(instead or {})}, keep=keep)
-    if not keep:
+    return state if keep else None
+
+
+def assembled(model: Vaura, instead: Mapping[str, Tensor] | None = None, *, keep: bool) -> Vaura | None:
+    """The decoder in one piece, in evaluation mode, of its `whole_state`."""
+    state = whole_state(model, instead, keep=keep)
+    if state is None:
         return None
     with torch.device("meta"):
         piece = Vaura(model.config)

@@ -1,6 +1,7 @@
 """What happens beside the steps: losses and speeds are logged, checkpoints and weights saved, signals obeyed.
 
-Knows Lightning's hooks and the run folder. Knows no model's insides: a training step hands out `loss` and `per_codebook`, and that is what is logged.
+Knows Lightning's hooks and the run folder. Knows no model's insides: a step hands out `figures`, a tensor of means over its samples whose names
+(`Figures`) the job brings, and that is what is logged.
 """
 # ruff: noqa: ARG002 - Lightning decides the hooks' arguments
 
@@ -12,11 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.load import JobError
-from model.run_folder import BEST, LAST, RunConfig, copy_weights, write_config, write_model
-from model.vaura import Vaura
-from train.averages import EMA, Averages, assembled
+from model.run_folder import BEST, LAST
+from train.averages import EMA, Averages, whole_state
 from train.data import TrainLoader
+from train.module import TrainingModule
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -72,58 +73,90 @@ class Stopwatch:
         return seconds
 
 
-class Losses:
-    """A mean of per-codebook losses over steps (or samples) and ranks, summed where it is computed, so that no step waits for it."""
+@dataclass(frozen=True)
+class Figures:
+    """What a step measures: the names of a tensor's numbers, in order, each a mean over samples. One is the `loss`, or all are parts of it."""
+
+    names: tuple[str, ...] = ("loss",)
+    parts: str = ""
+    """If given: the numbers are parts of the loss, which is their mean, and a row has them together in a list of this name."""
+    best: str = "loss"
+    """Which decides what weights are the best, at validation; the module's `validated` may add names."""
+    larger_is_better: bool = False
+
+    def row(self, means: Sequence[float]) -> dict[str, Any]:
+        """For `metrics.jsonl`; it has `loss`."""
+        if self.parts:
+            return {"loss": sum(means) / len(means), self.parts: list(means)}
+        return dict(zip(self.names, means, strict=True))
+
+    def curves(self, means: Sequence[float]) -> dict[str, float]:
+        """For TensorBoard; it has `loss`."""
+        return {"loss": self.row(means)["loss"], **dict(zip(self.names, means, strict=True))}
+
+    @property
+    def worst(self) -> float:
+        return -math.inf if self.larger_is_better else math.inf
+
+    def improves(self, value: float, best: float) -> bool:
+        """Whether a value of `best` is better than the best one so far."""
+        return value > best if self.larger_is_better else value < best
+
+
+class Means:
+    """Means of a step's figures over steps (or samples) and ranks, summed where they are computed, so that no step waits for them."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._weight = 0.0
 
-    def add(self, per_codebook: Tensor, weight: float = 1.0) -> None:
-        weighted = per_codebook.detach().float() * weight
+    def add(self, figures: Tensor, weight: float = 1.0) -> None:
+        weighted = figures.detach().float() * weight
         self._sum = weighted if self._sum is None else self._sum + weighted
         self._weight += weight
 
-    def take(self, trainer: Trainer, codebooks: int, *more: float) -> tuple[list[float], float, list[float]]:
-        """The mean over all ranks, its weight, and the sums of further figures; starts again from nothing.
+    def take(self, trainer: Trainer, count: int, *more: float) -> tuple[list[float], float, list[float]]:
+        """The means of `count` figures over all ranks, their weight, and the sums of further numbers; starts again from nothing.
 
         Waits for the device. Every rank must call it, those too that added nothing: an uneven validation gives some rank a batch less.
         """
         device = trainer.strategy.root_device
-        summed = torch.zeros(codebooks, device=device) if self._sum is None else self._sum
+        summed = torch.zeros(count, device=device) if self._sum is None else self._sum
         values = torch.cat([summed, torch.tensor([self._weight, *more], device=device)])
         self._sum, self._weight = None, 0.0
         if trainer.world_size > 1:
             torch.distributed.all_reduce(values)
-        figures = values.tolist()
-        weight = figures[codebooks]
-        return [total / max(weight, 1.0) for total in figures[:codebooks]], weight, figures[codebooks + 1 :]
+        totals = values.tolist()
+        weight = totals[count]
+        return [total / max(weight, 1.0) for total in totals[:count]], weight, totals[count + 1 :]
 
 
 class Metrics(Callback):
     """Losses, learning rate and speeds: to TensorBoard, to `metrics.jsonl` and to a progress bar, at the cadence; nothing on other steps."""
 
-    def __init__(self, folder: Path, cadence: Cadence, *, batch_size: int, sample_flops: int, codebooks: int, start_step: int, bar: bool) -> None:
+    def __init__(self, folder: Path, cadence: Cadence, figures: Figures, *, batch_size: int, sample_flops: int, start_step: int, bar: bool) -> None:
         self.stopwatch = Stopwatch()
-        self._folder, self._cadence, self._batch_size, self._codebooks, self._start_step, self._show = (
-            folder, cadence, batch_size, codebooks, start_step, bar,
+        self._folder, self._cadence, self._figures, self._batch_size, self._start_step, self._show = (
+            folder, cadence, figures, batch_size, start_step, bar,
         )  # fmt: skip
         self._sample_flops = sample_flops
-        self._train, self._validation = Losses(), Losses()
+        self._train, self._validation = Means(), Means()
         self._steps = 0
         self._validation_began = 0.0
         self._bar: tqdm | None = None
         self._terminal = sys.stderr.isatty()
-        self.best = math.inf
-        """The smallest validation loss so far, in this run's earlier processes too."""
+        self.best = figures.worst
+        """The best validation so far (`Figures.best`: the smallest loss, the highest accuracy), in this run's earlier processes too."""
         self.improved = False
-        """Whether the latest validation's is that one."""
+        """Whether the latest validation is that one."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rows after the checkpoint that training resumes from are dropped: their steps come again."""
         path = self._folder / METRICS
         rows = [r for r in read_metrics(self._folder) if r["step"] <= self._start_step]
-        self.best = min((r["loss"] for r in rows if r["split"] == "validation"), default=math.inf)
+        for row in rows:
+            if row["split"] == "validation" and self._figures.improves(row[self._figures.best], self.best):
+                self.best = row[self._figures.best]
         if trainer.is_global_zero:
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -138,7 +171,7 @@ class Metrics(Callback):
         self.stopwatch.read()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._train.add(outputs["per_codebook"])
+        self._train.add(outputs["figures"])
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._steps += 1
@@ -149,9 +182,9 @@ class Metrics(Callback):
 
     def _log_training(self, trainer: Trainer) -> None:
         loader = cast(TrainLoader, trainer.train_dataloader)
-        per_codebook, _, (waited,) = self._train.take(trainer, self._codebooks, loader.take_wait_seconds())
+        means, _, (waited,) = self._train.take(trainer, len(self._figures.names), loader.take_wait_seconds())
         seconds, steps, self._steps = self.stopwatch.read(), self._steps, 0
-        loss = sum(per_codebook) / len(per_codebook)
+        loss = self._figures.row(means)["loss"]
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss is {loss} at step {trainer.global_step}; nothing was saved after the last checkpoint: resume from an earlier one "
@@ -163,7 +196,7 @@ class Metrics(Callback):
             "model_teraflops_per_second": steps * self._batch_size * self._sample_flops / seconds / 1e12,
             "data_wait_fraction": waited / trainer.world_size / seconds,
         }
-        self._write(trainer, "train", loss, per_codebook, row)
+        self._write(trainer, "train", means, row)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {row['samples_per_second']:.1f} samples/s", refresh=False)
 
@@ -175,28 +208,33 @@ class Metrics(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._validation.add(outputs["per_codebook"], weight=float(batch.samples))
+        self._validation.add(outputs["figures"], weight=float(batch.samples))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        per_codebook, samples, _ = self._validation.take(trainer, self._codebooks)
-        loss = sum(per_codebook) / len(per_codebook)
+        figures = self._figures
+        means, samples, _ = self._validation.take(trainer, len(figures.names))
+        more = cast(TrainingModule, pl_module).validated()
         seconds = time.perf_counter() - self._validation_began
-        self._write(trainer, "validation", loss, per_codebook, {"samples": int(samples), "samples_per_second": samples / seconds})
+        self._write(trainer, "validation", means, {**more, "samples": int(samples), "samples_per_second": samples / seconds})
+        measured = {**figures.row(means), **more}
+        value = measured[figures.best]
         if self._bar is not None:
             self._bar.set_description("train", refresh=self._terminal)
-            self._bar.write(f"step {trainer.global_step}: validation loss {loss:.4f}", file=sys.stderr)
-        self.improved, self.best = loss < self.best, min(loss, self.best)
+            also = "" if figures.best == "loss" else f", {figures.best} {value:.4f}"
+            self._bar.write(f"step {trainer.global_step}: validation loss {measured['loss']:.4f}{also}", file=sys.stderr)
+        self.improved = figures.improves(value, self.best)
+        self.best = value if self.improved else self.best
         self.stopwatch.forget(seconds)
 
-    def _write(self, trainer: Trainer, split: str, loss: float, per_codebook: list[float], more: Mapping[str, float | int]) -> None:
+    def _write(self, trainer: Trainer, split: str, means: Sequence[float], more: Mapping[str, float | int]) -> None:
         if not trainer.is_global_zero:
             return
-        row = {"step": trainer.global_step, "split": split, "loss": loss, "per_codebook": per_codebook, **more}
+        row = {"step": trainer.global_step, "split": split, **self._figures.row(means), **more}
         with (self._folder / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
         if trainer.logger is not None:
-            curves = {f"{split}/loss": loss, **{f"{split}/loss_codebook_{k}": value for k, value in enumerate(per_codebook)}}
-            trainer.logger.log_metrics({**curves, **{f"{split}/{name}": value for name, value in more.items()}}, step=trainer.global_step)
+            curves = {**self._figures.curves(means), **more}
+            trainer.logger.log_metrics({f"{split}/{name}": value for name, value in curves.items()}, step=trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
@@ -204,7 +242,7 @@ class Metrics(Callback):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`: `step`, `split` (train or validation), `loss`, `per_codebook` and speeds. A line cut short is left out."""
+    """The rows of a run's `metrics.jsonl`: `step`, `split` (train or validation), `loss`, other figures and speeds. A line cut short is left out."""
     path = folder / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -244,26 +282,35 @@ class StopSignals:
         self._previous.clear()
 
 
-class Checkpoints(Callback):
-    """The run folder: `config.yaml` at the start, then Lightning checkpoints in `checkpoints/` and the decoder's weights alone beside them.
+@runtime_checkable
+class RunFiles(Protocol):
+    """What a job puts into its run folder beside checkpoints."""
 
-    `last` is the latest, `best` that of the smallest validation loss, `step-...` those to keep. Averaged weights are `ema`, and those in `best`
+    def begin(self) -> list[str]:
+        """The configuration, and what else is there from the start; a line for everything that could not be put there."""
+        ...
+
+    def write(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Weights, as the file `name`.safetensors; whole or not at all."""
+        ...
+
+
+class Checkpoints(Callback):
+    """The run folder: `config.yaml` at the start, then Lightning checkpoints in `checkpoints/` and the model's weights alone beside them.
+
+    `last` is the latest, `best` that of the best validation, `step-...` those to keep. Averaged weights are `ema`, and those in `best`
     if they are what was validated.
     """
 
-    def __init__(self, folder: Path, cadence: Cadence, metrics: Metrics, averages: Averages, described: RunConfig, *, copy_weights: bool) -> None:
-        self._run, self._folder, self._cadence, self._metrics = folder, folder / CHECKPOINTS, cadence, metrics
-        self._averages = averages
-        self._described, self._copy_weights = described, copy_weights
+    def __init__(self, folder: Path, cadence: Cadence, metrics: Metrics, averages: Averages, files: RunFiles) -> None:
+        self._folder, self._cadence, self._metrics, self._averages, self._files = folder / CHECKPOINTS, cadence, metrics, averages, files
         self._signals = StopSignals()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        described, problems = copy_weights(self._run, self._described) if self._copy_weights else (self._described, [])
-        for problem in problems:
+        for problem in self._files.begin():
             print(f"not copied into the run folder: {problem}", file=sys.stderr)
-        write_config(self._run, described)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         launcher = trainer.strategy.launcher
@@ -313,9 +360,9 @@ class Checkpoints(Callback):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         for name, instead in weights.items():
-            model = assembled(cast(Vaura, pl_module.model), instead, keep=trainer.is_global_zero)
-            if model is not None:
-                write_model(self._run, model, name=name)
+            state = whole_state(cast(TrainingModule, pl_module).model, instead, keep=trainer.is_global_zero)
+            if state is not None:
+                self._files.write(state, name)
         self._metrics.stopwatch.forget(time.perf_counter() - began)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

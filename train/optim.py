@@ -23,6 +23,8 @@ class OptimiserConfig:
     """Memory of the gradients' mean."""
     beta2: float = 0.95
     """Memory of the gradients' square."""
+    eps: float = 1e-8
+    """Added to the root of the gradients' mean square."""
     clip: float = 1.0
     """Limit on the gradients, by `clip_by`; 0: none."""
     clip_by: Literal["value", "norm"] = "value"
@@ -31,10 +33,14 @@ class OptimiserConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up from 0, then half a cosine down to a fraction of the peak, which stays."""
+    """Linear warm-up, then half a cosine down to a fraction of the peak, which stays, or the peak throughout."""
 
+    shape: Literal["cosine", "constant"] = "cosine"
+    """What comes after the warm-up."""
     warmup_steps: int = 1000
-    """Step s of the warm-up has s / warmup_steps of the peak: the first step has a learning rate of 0 (as published)."""
+    """Length of the warm-up, which rises in equal steps from `start` to the peak."""
+    start: float = 0.0
+    """The first step's learning rate as a fraction of the peak: 0 as V-AURA was trained, 0.01 as Synchformer was."""
     total_steps: int | None = None
     """The step at which the cosine ends; null: trainer.max_steps. Published: 200000."""
     floor: float = 0.1
@@ -44,7 +50,9 @@ class ScheduleConfig:
         """The fraction of the peak learning rate at `step`, the number of optimiser steps already taken."""
         total = self.total_steps or max_steps
         if step < self.warmup_steps:
-            return step / self.warmup_steps
+            return self.start + (1 - self.start) * step / self.warmup_steps
+        if self.shape == "constant":
+            return 1.0
         if step >= total:
             return self.floor
         progress = (step - self.warmup_steps) / (total - self.warmup_steps)
@@ -53,10 +61,11 @@ class ScheduleConfig:
     def check(self, max_steps: int) -> None:
         """Raises ValueError where the warm-up would outlast the schedule."""
         total = self.total_steps or max_steps
-        if not 0 <= self.warmup_steps < total or not 0 <= self.floor <= 1:
+        if not 0 <= self.warmup_steps < total or not 0 <= self.floor <= 1 or not 0 <= self.start <= 1:
             raise ValueError(
-                f"schedule.warmup_steps={self.warmup_steps}, schedule.total_steps={total}, schedule.floor={self.floor}: expected a warm-up "
-                "shorter than the schedule (total_steps, or trainer.max_steps where it is null) and a floor between 0 and 1; give fewer warmup_steps"
+                f"schedule.warmup_steps={self.warmup_steps}, schedule.total_steps={total}, schedule.floor={self.floor}, schedule.start={self.start}: "
+                "expected a warm-up shorter than the schedule (total_steps, or trainer.max_steps where it is null), and floor and start between 0 "
+                "and 1; give fewer warmup_steps"
             )
 
 
@@ -70,7 +79,7 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], config: OptimiserConfig) -> None:

@@ -1,14 +1,14 @@
 """How long, on what, from where: the options of every training job, Lightning's Trainer made of them, and what a run folder allows.
 
-Knows Lightning and run folders. Knows no network: `train.vaura` brings one.
+Knows Lightning and run folders. Knows no network: `train.vaura` and `train.sync` bring theirs.
 """
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -17,9 +17,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from model.run_folder import CONFIG, RunConfig, read_config
-from model.vaura import VauraConfig
+from model.run_folder import CONFIG
 from train.callbacks import CHECKPOINTS, Cadence
+from train.module import StepOptions
+from train.optim import OptimiserConfig, ScheduleConfig
 from train.sharding import ShardedStrategy
 
 
@@ -79,6 +80,27 @@ class TrainerConfig:
     def cadence(self, *, validates: bool) -> Cadence:
         """At which steps to log, save and validate."""
         return Cadence(self.log_every, self.checkpoint_every, self.keep_every, self.val_check_interval if validates else 0, self.max_steps)
+
+
+@runtime_checkable
+class TrainingJob(Protocol):
+    """The options that every training job has."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def optimiser(self) -> OptimiserConfig: ...
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+    @property
+    def trainer(self) -> TrainerConfig: ...
+
+
+def step_options(job: TrainingJob) -> StepOptions:
+    """What a module must know of its job's options to take steps."""
+    trainer = job.trainer
+    fused = trainer.resolved_precision != "16-mixed"
+    return StepOptions(job.seed, job.optimiser, job.schedule, trainer.max_steps, trainer.accumulate, fused)
 
 
 FREE = {
@@ -165,8 +187,27 @@ class Start:
     checkpoint: Path | None = None
 
 
-def find_start(folder: Path, run: RunConfig, config: TrainerConfig) -> Start:
-    """Where a run of these options begins, given what the folder holds. A finished run starts at its end.
+@runtime_checkable
+class Described(Protocol):
+    """What `config.yaml` of a run folder says of a run."""
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """The job's options, resolved."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed from. Plain values."""
+        ...
+
+    @staticmethod
+    def completed(identity: Mapping[str, Any]) -> dict[str, Any]:
+        """The identity that a checkpoint of an earlier version has in this one."""
+        ...
+
+
+def find_start(folder: Path, run: Described, config: TrainerConfig, *, read: Callable[[Path], Described]) -> Start:
+    """Where a run of these options begins, given what the folder holds. A finished run starts at its end. `read` reads a folder's `config.yaml`.
 
     Raises ValueError where the folder's run is another one: of other data, another network, or (unless `ckpt_path` says so) other options.
     """
@@ -175,8 +216,8 @@ def find_start(folder: Path, run: RunConfig, config: TrainerConfig) -> Start:
         return _start_at(last if config.ckpt_path == "last" else Path(config.ckpt_path), folder, run)
     if not (folder / CONFIG).exists():
         return Start()
-    there = read_config(folder)
-    _check_same(folder / CONFIG, identity(there), identity(run))
+    there = read(folder)
+    _check_same(folder / CONFIG, there.identity(), run.identity())
     differing = [
         f"  {name}: {old!r} there, {new!r} here" for name, old, new in _differences(_leaves(there.train), _leaves(run.train)) if name not in FREE
     ]
@@ -188,12 +229,7 @@ def find_start(folder: Path, run: RunConfig, config: TrainerConfig) -> Start:
     return _start_at(last, folder, run) if last.exists() else Start()
 
 
-def identity(run: RunConfig) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed from: the data's spec and the network's sizes. Plain values."""
-    return {"fingerprint": run.data["fingerprint"], "spec": run.data["spec"], "model": dict(vars(run.model)), "window_segments": run.window_segments}
-
-
-def _start_at(path: Path, folder: Path, run: RunConfig) -> Start:
+def _start_at(path: Path, folder: Path, run: Described) -> Start:
     checkpoints = folder / CHECKPOINTS
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in checkpoints.glob("[!.]*.ckpt")))
@@ -201,8 +237,7 @@ def _start_at(path: Path, folder: Path, run: RunConfig) -> Start:
     if path.resolve().parent != checkpoints.resolve():
         raise ValueError(f"trainer.ckpt_path={path} is of another run; training resumes into its own run folder: expected out={path.parent.parent}")
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    # Sizes that a checkpoint does not name came after it, and have their defaults there.
-    _check_same(path, {**state["identity"], "model": vars(VauraConfig(**state["identity"]["model"]))}, identity(run))
+    _check_same(path, run.completed(state["identity"]), run.identity())
     return Start(state["global_step"], path)
 
 

@@ -6,30 +6,29 @@ things alone, the embeddings' start and previews (`train.codec`).
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 
 from configs import storage
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS, CodecClock
 from configs.load import job_main, to_plain
-from model.run_folder import RunConfig, weights_references
+from model.run_folder import RunConfig, copy_weights, read_config, weights_references, write_config, write_state
 from model.vaura import Vaura, VauraConfig, forward_flops
 from shards.read import Index
 from shards.stream import check_alike
 from train.averages import Averages, EmaConfig
-from train.callbacks import Cadence, Checkpoints, Metrics, Stopped
+from train.callbacks import Cadence, Checkpoints, Figures, Metrics, Stopped
 from train.codec import Embeddings, find_codec, start_embeddings
 from train.data import FeatureData, StreamOptions, Windows
-from train.optim import OptimiserConfig, ScheduleConfig, build_optimiser, clip_gradients
+from train.module import TrainingModule
+from train.optim import OptimiserConfig, ScheduleConfig
 from train.previews import PreviewConfig, Previews
 from train.sharding import ShardedStrategy, shard
-from train.trainer import TrainerConfig, build_trainer, find_start, identity, is_first, quieten_lightning, say
+from train.trainer import TrainerConfig, build_trainer, find_start, is_first, quieten_lightning, say, step_options
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def run(config: TrainConfig) -> Path:
         train=to_plain(replace(config, schedule=replace(config.schedule, total_steps=config.schedule.total_steps or config.trainer.max_steps))),
         weights=weights_references(info.provenance),
     )
-    start = find_start(folder, described, config.trainer)
+    start = find_start(folder, described, config.trainer, read=read_config)
     if start.step >= config.trainer.max_steps:
         say(f"{folder} is finished: step {start.step} of trainer.max_steps={config.trainer.max_steps}; a larger trainer.max_steps goes on")
         return folder
@@ -117,15 +116,15 @@ def run(config: TrainConfig) -> Path:
     metrics = Metrics(
         folder,
         cadence,
+        Figures(tuple(f"loss_codebook_{k}" for k in range(described.model.codebooks)), parts="per_codebook"),
         batch_size=config.stream.batch_size,
         sample_flops=3 * forward_flops(described.model, window_steps + described.model.codebooks - 1, tokens),
-        codebooks=described.model.codebooks,
         start_step=start.step,
         bar=config.trainer.progress,
     )
     averages = Averages(config.ema)
     previews = build_previews(config, folder, described, validation, averages, cadence, metrics)
-    checkpoints = Checkpoints(folder, cadence, metrics, averages, described, copy_weights=config.copy_weights)
+    checkpoints = Checkpoints(folder, cadence, metrics, averages, VauraFiles(folder, described, copies_weights=config.copy_weights))
     # In this order: validation's weights are put back, its loss is known, its clips are made, and then it is saved.
     callbacks = [averages, metrics, *previews, checkpoints]
     trainer = build_trainer(config.trainer, folder, callbacks, start_step=start.step, validates=cadence.validate_every > 0)
@@ -199,15 +198,13 @@ def derive_model(options: ModelOptions, spec: dict[str, Any], segments: int) -> 
     return VauraConfig(**{**given, **derived, "max_steps": options.max_steps or max(VauraConfig.max_steps, positions)})
 
 
-class VauraModule(LightningModule):
-    """One training step. Rates follow from the step's number and draws from (seed, step, rank), so nothing but tensors needs saving."""
+class VauraModule(TrainingModule[Vaura]):
+    """One training step of the decoder."""
 
     def __init__(self, described: RunConfig, config: TrainConfig) -> None:
-        super().__init__()
-        self._described, self._config = described, config
+        super().__init__(step_options(config), described.identity())
         torch.manual_seed(config.seed)
         self.model = Vaura(described.model)
-        self._fused = config.trainer.resolved_precision != "16-mixed"
         self.model.checkpoint_activations = config.trainer.checkpoint_activations
         if config.trainer.compile:
             # Blocks are alike, so that one is compiled and serves for all: it takes no longer for more layers, as the whole at once would.
@@ -218,28 +215,6 @@ class VauraModule(LightningModule):
         if isinstance(self.trainer.strategy, ShardedStrategy):
             shard(self.model, self.trainer.strategy.device_mesh, entry="training_loss")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimiser(self.model.parameters(), self._config.optimiser, fused=self._fused)
-
-    def on_train_start(self) -> None:
-        """Options win over what a checkpoint brought: resuming with another weight decay means it."""
-        fresh = build_optimiser(self.model.parameters(), self._config.optimiser, fused=self._fused)
-        for group, given in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
-            group.update({name: value for name, value in given.items() if name != "params"})
-
-    def on_train_batch_start(self, batch: Windows, batch_idx: int) -> None:  # noqa: ARG002
-        trainer, config = self.trainer, self._config
-        part = batch_idx % config.trainer.accumulate
-        words = np.random.SeedSequence([config.seed, trainer.global_step, part, trainer.global_rank]).generate_state(1, np.uint64)
-        # torch.manual_seed notes a stack trace for every kind of device that is not there: a hundred times as long.
-        torch.default_generator.manual_seed(int(words[0]))
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(int(words[0]))
-        if part == 0:
-            rate = config.optimiser.learning_rate * config.schedule.factor(trainer.global_step, config.trainer.max_steps)
-            for group in trainer.optimizers[0].param_groups:
-                group["lr"] = rate
-
     def _inputs(self, batch: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What the loss is computed from. The video tokens are in the precision of the parameters."""
         tokens = batch.features.flatten(1, 2).to(self.model.norm.weight.dtype)
@@ -248,17 +223,25 @@ class VauraModule(LightningModule):
 
     def training_step(self, batch: Windows) -> dict[str, torch.Tensor]:
         loss = self.model.training_loss(*self._inputs(batch))
-        return {"loss": loss.total, "per_codebook": loss.per_codebook.detach()}
+        return {"loss": loss.total, "figures": loss.per_codebook.detach()}
 
     def validation_step(self, batch: Windows) -> dict[str, torch.Tensor]:
-        return {"per_codebook": self.model.training_loss(*self._inputs(batch)).per_codebook}
+        return {"figures": self.model.training_loss(*self._inputs(batch)).per_codebook}
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:  # noqa: ARG002 - Lightning's
-        """Here and not by Lightning's option, which refuses fused optimisers although they clip well without a gradient scaler."""
-        clip_gradients([p for group in optimizer.param_groups for p in group["params"]], self._config.optimiser)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["identity"] = identity(self._described)
+class VauraFiles:
+    """What the run folder gets beside checkpoints: `config.yaml`, the networks' weights, and the decoder's."""
+
+    def __init__(self, folder: Path, described: RunConfig, *, copies_weights: bool) -> None:
+        self._folder, self._described, self._copies_weights = folder, described, copies_weights
+
+    def begin(self) -> list[str]:
+        described, problems = copy_weights(self._folder, self._described) if self._copies_weights else (self._described, [])
+        write_config(self._folder, described)
+        return problems
+
+    def write(self, state: Mapping[str, torch.Tensor], name: str) -> None:
+        write_state(self._folder, state, self._described.model, name=name)
 
 
 def describe(config: TrainConfig, described: RunConfig, train: list[Index], validation: list[Index], module: VauraModule, begin: str) -> str:
