@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_LANES = 64
-BLOCKS, SHUFFLE, START, VIEW, LIST = range(5)
+BLOCKS, SHUFFLE, START, VIEW, LIST, DRAW, AUDIO_VIEW = range(7)
 """What a draw is for: keys of the counter-based generator."""
 SHARES = 2**20
 """The resolution of a mixture's weights: its shares are whole numbers of about this sum."""

@@ -1,13 +1,8 @@
 """The windows that a feature dataset offers, and batches of them cut from its shards.
 
-A dataset on a local file system is mapped. Of one in an object store, blocks are fetched and held in memory while they are in use, if the rows to
-come are told ahead; a row that was not told is fetched by itself.
-
 Knows tensors, the segment clock and the dataset format. Knows no order: which windows make a batch is the caller's matter.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -16,14 +11,11 @@ import torch
 from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
-from configs import storage
 from configs.clock import SEGMENT_FRAMES, SEGMENT_SECONDS, SEGMENT_TOKENS, CodecClock, check_hop, window_starts
-from shards.blocks import BlockReader, FetchConfig, Ranges
+from shards.blocks import FetchConfig
 from shards.dataset import DatasetMismatch
 from shards.read import ArrayMembers, Index
-
-WIDEST_GAP_BYTES = 1 << 20
-"""Unwanted bytes between two samples that are fetched along, for one request instead of two."""
+from shards.source import Source
 
 
 class Batch(TypedDict):
@@ -38,7 +30,7 @@ class Batch(TypedDict):
     """Where short clips are padded: which codec steps are there."""
 
 
-class Windows:
+class Windows(Source):
     """The windows that a feature dataset offers, and how they are cut from mapped shards, or from an object store's blocks in memory."""
 
     def __init__(
@@ -54,7 +46,7 @@ class Windows:
             raise DatasetMismatch(
                 f"{index.root} is a {index.info.kind} dataset; training reads a features dataset, which `soundshard featurise` makes of it"
             )
-        spec, self._index, self._segments, self._pin = index.info.spec, index, segments, pin_memory and torch.cuda.is_available()
+        spec, self._segments, self._pin = index.info.spec, segments, pin_memory and torch.cuda.is_available()
         codec: dict = spec.get("codec") or {"name": "(no codec)"}
         features, codes = index.members.get("avclip.npy"), index.members.get(f"{codec['name']}.npy")
         if not isinstance(features, ArrayMembers) or not isinstance(codes, ArrayMembers):
@@ -79,64 +71,22 @@ class Windows:
         self._steps_of = np.where(short, np.minimum(whole[self._segments_of], steps), self._steps)
         if self._pad:
             self.starts = np.where(short & (self._steps_of > 0), 1, self.starts)
-        self.rows = np.flatnonzero(self.starts)
-        self.padded = int(np.count_nonzero(short[self.rows]))
+        rows = np.flatnonzero(self.starts)
+        self.padded = int(np.count_nonzero(short[rows]))
         """How many clips are shorter than a window, and padded."""
-        if not len(self.rows):
+        if not len(rows):
             raise ValueError(
                 f"{index.root} has {index.ok} good clips in {sorted(set(index.table['split'].to_pylist()))} and none is as long as a window of "
                 f"{segments} segments ({float(segments * SEGMENT_SECONDS):g} s); take fewer segments or another split"
             )
-        self.bytes = int((features.size + codes.size)[self.rows].sum())
-        shapes = np.unique(np.column_stack([features.shape[self.rows, 2:], codes.shape[self.rows, :1]]), axis=0)
+        shapes = np.unique(np.column_stack([features.shape[rows, 2:], codes.shape[rows, :1]]), axis=0)
         if len(shapes) > 1 or shapes[0, 0] != SEGMENT_TOKENS or shapes[0, -1] != codec["codebooks"] or features.dtype != np.float16:
             raise ValueError(
                 f"{index.root}: features must be float16 [views, segments, {SEGMENT_TOKENS}, width] of one width, with {codec['codebooks']} "
                 f"codebooks as dataset.json says; found {features.dtype} with [tokens, width, codebooks] {shapes.tolist()}"
             )
         self._width, self._codebooks = int(shapes[0, 1]), int(shapes[0, 2])
-        self._fetch, self._reader, self._remote = fetch or FetchConfig(), None, storage.is_remote(index.root)
-        self._fetch.check()
-        self._ranges, self._range_of = self._cut_ranges(storage.PART_BYTES)
-
-    def blocks(self, block_bytes: int) -> np.ndarray:
-        """The block of every row in `rows`, counted from 0: runs of a shard of this many bytes."""
-        shard, block = self._index.shard_of[self.rows], self._features.offset[self.rows] // max(1, block_bytes)
-        self.begin()
-        self._ranges, self._range_of = self._cut_ranges(block_bytes)
-        return _runs((np.diff(shard) != 0) | (np.diff(block) != 0))
-
-    def ahead(self, rows: np.ndarray) -> None:
-        """These rows will be asked for after those told before. An object store's blocks are fetched ahead of that; local files need nothing."""
-        if self._remote:
-            self._blocks().tell(self._range_of[rows])
-
-    def begin(self) -> None:
-        """Before the first of a new sequence of rows: forgets what was told of another."""
-        self.forget()
-        self._reader = None
-
-    def forget(self) -> None:
-        """What was told will not be asked for: ends all requests and frees the blocks. Of a thread that still asks, too: it gets an error."""
-        if self._reader is not None:
-            self._reader.close()
-
-    def _blocks(self) -> BlockReader:
-        if self._reader is None:
-            self._reader = BlockReader(self._ranges, self._fetch)
-        return self._reader
-
-    def _cut_ranges(self, block_bytes: int) -> tuple[Ranges, np.ndarray]:
-        """What to request at a time, and which of it each row needs: neighbouring rows, with no wide gap between them, that share a block."""
-        rows, index = self.rows, self._index
-        start, stop = self._extent(rows)
-        gap, place = start[1:] - stop[:-1], self._features.offset[rows] // min(max(1, block_bytes), storage.PART_BYTES)
-        cuts = (np.diff(index.shard_of[rows]) != 0) | (np.diff(place) != 0) | (gap < 0) | (gap > WIDEST_GAP_BYTES)
-        of = np.full(len(index), -1)
-        of[rows] = _runs(cuts)
-        first, last = np.append(0, np.flatnonzero(cuts) + 1), np.append(np.flatnonzero(cuts), len(rows) - 1)
-        paths = [storage.join(index.root, f"{name}.tar") for name in index.shards]
-        return Ranges(paths, index.shard_of[rows][first], start[first], stop[last]), of
+        super().__init__(index, rows, (features, codes), fetch)
 
     def batch(self, rows: np.ndarray, starts: np.ndarray, views: np.ndarray) -> Batch:
         """The windows of these rows at these hop indices."""
@@ -170,34 +120,14 @@ class Windows:
         for number in np.flatnonzero(steps < self._steps).tolist():
             features_to[number][:], codes_to[number][:] = 0, 0
             features_to[number], codes_to[number] = features_to[number][: segments[number]], codes_to[number][:, : steps[number]]
-        with self._bytes(rows) as (buffers, begins):
+        with self.reading(rows) as (buffers, begins):
             places = zip(features_to, codes_to, buffers, (feature_at - begins).tolist(), (code_at - begins).tolist(), code_rows.tolist(), strict=True)
             for feature_to, code_to, buffer, at, steps_at, code_row in places:
                 feature_to[:] = np.ndarray(feature_to.shape, feature_type, buffer, at, feature_strides)
                 code_to[:] = np.ndarray(code_to.shape, code_type, buffer, steps_at, (code_row, code_type.itemsize))
         batch["codes"].numpy()[slots if len(slots) < len(batch["keys"]) else ...] = codes_out  # widened all at once
-        for slot, key in zip(slots.tolist(), self._index.keys.take(pa.array(rows)).to_pylist(), strict=True):
+        for slot, key in zip(slots.tolist(), self.index.keys.take(pa.array(rows)).to_pylist(), strict=True):
             batch["keys"][slot] = key
         if "segment_mask" in batch and "step_mask" in batch:
             batch["segment_mask"].numpy()[slots] = np.arange(self._segments) < segments[:, None]
             batch["step_mask"].numpy()[slots] = np.arange(self._steps) < steps[:, None]
-
-    @contextmanager
-    def _bytes(self, rows: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """For each row, bytes that hold it, and where in its shard they begin."""
-        if not self._remote:
-            yield [self._index.mapped(shard) for shard in self._index.shard_of[rows].tolist()], np.zeros(len(rows), np.int64)
-            return
-        starts, stops = self._extent(rows)
-        with self._blocks().using(self._range_of[rows], starts, stops) as found:
-            yield found
-
-    def _extent(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in its shard what a window may need of each row begins and ends."""
-        members = [(each.offset[rows], each.offset[rows] + each.size[rows]) for each in (self._features, self._codes)]
-        return np.minimum(members[0][0], members[1][0]), np.maximum(members[0][1], members[1][1])
-
-
-def _runs(changes: np.ndarray) -> np.ndarray:
-    """The number, from 0, of the run that each element is in, by whether it and the next belong to different ones."""
-    return np.concatenate([[0], np.cumsum(changes)])

@@ -14,7 +14,8 @@ import sys
 import numpy as np
 
 from shards.order import Order
-from shards.stream import BLOCKS_PER_LANE, StreamConfig
+from shards.samples import BLOCKS_PER_LANE
+from shards.stream import StreamConfig
 
 OPTIONS = {"samples": 200_000, "sample_kb": 196, "per_shard": 1000, "batch_size": 64, "ranks": 1, "steps": 400}
 BATCHES_NEAR = 16

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from configs import storage
-from shards import windows
+from shards import source
 from shards.blocks import BlockReader, FetchConfig, Ranges
 from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig
@@ -144,7 +144,7 @@ def test_several_far_datasets_and_subsets(local, remote, tmp_path, s3):
 def test_each_block_is_fetched_once_an_epoch(remote, flaky_s3):
     proxy = flaky_s3(Faults())
     made = stream(remote, lanes=1, batch_size=1, prefetch=0, shuffle=False)
-    ranges = len(np.unique(made._windows[0]._range_of))
+    ranges = len(np.unique(made._sources[0]._range_of))
     assert len(list(made)) == 61
     assert 15 < ranges < 50 and reads(proxy).total() == ranges + 1  # and one for what the first batch needs, before whole blocks are asked for
     made = stream(remote, lanes=1, batch_size=1, prefetch=0, read_ahead_mb=1000)
@@ -158,7 +158,7 @@ def test_neighbours_are_fetched_together_unless_the_gap_is_wide(remote, monkeypa
     sparse = Index(index.root, index.info, index.table.filter(pc.is_in(index.table["key"], index.keys.take([3, 4, 6, 20, 31]))))
     ends = []
     for gap in (100_000, 20_000, 0):
-        monkeypatch.setattr(windows, "WIDEST_GAP_BYTES", gap)
+        monkeypatch.setattr(source, "WIDEST_GAP_BYTES", gap)
         made = Windows(sparse, 2)
         made.blocks(8 << 20)
         ends.append(made._range_of.tolist())

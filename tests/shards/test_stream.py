@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from shards.dataset import DatasetMismatch, create_or_check, new_info
 from shards.read import Index
-from shards.stream import FeatureStream, StreamConfig, prefetched
+from shards.samples import prefetched
+from shards.stream import FeatureStream, StreamConfig
 from shards.write import Entry, json_bytes, write_shard
 
 EXAMPLES = settings(deadline=None, database=None, max_examples=40)
