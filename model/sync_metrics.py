@@ -50,10 +50,10 @@ def auc_roc(scores: Float[Tensor, "n"], positive: Bool[Tensor, "n"]) -> float:
 
 
 def accuracy_by_threshold(hit: Bool[Tensor, "n"], synchronisable_probability: Float[Tensor, "n"], thresholds: Sequence[float]) -> list[Kept]:
-    """The share of hits among the clips whose probability of being synchronisable is at least a threshold, for each threshold (0 keeps all)."""
+    """The share of hits among the clips whose probability of being synchronisable is above a threshold, for each threshold."""
     rows: list[Kept] = []
     for threshold in thresholds:
-        kept = synchronisable_probability >= threshold
+        kept = synchronisable_probability > threshold
         rows.append(Kept(threshold, int(kept.sum()), hit[kept].double().mean().item()))
     return rows
 

@@ -1,4 +1,5 @@
-"""Which clips there are: a folder, a list of files or VGGSound's csv becomes one row per input, with its key, split, label, size and version.
+"""Which clips there are: a folder, a list of files, or a data set's own csv or folders become one row per input, with its key, split, label, size
+and version.
 
 Rows are decided from names and listings alone: no video is opened, so 200,000 clips take seconds, on a disk or in an object store. This module knows
 no media, no dataset and no Ray.
@@ -15,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
 
 from configs import storage
 
@@ -26,6 +28,11 @@ YOUTUBE_ID = r"([\w-]{11})"
 PLAIN_KEY = re.compile(rf"[\w-]{{1,{KEY_BYTES}}}", re.ASCII)
 MILLISECONDS_NAME = re.compile(YOUTUBE_ID + r"_(\d+)_\d+")
 SECONDS_NAME = re.compile(YOUTUBE_ID + r"_(\d{6})")
+AUDIOSET_LABELS = re.compile(r"/[mgt]/")
+"""How AudioSet's labels begin: no class of VGGSound does."""
+AUDIOSET_SPLITS = {"unbalanced": "train", "balanced": "validation", "eval": "test"}
+"""Which of AudioSet's parts Synchformer trains, validates and tests on."""
+LRS3_NAME = re.compile(r"(?:^|/)(pretrain|trainval|test)/([^/]+)/([^/]+)$")
 LISTED_ALWAYS = 1000
 LISTED_PER_WANTED = 100
 """Objects that may be listed for one whose size is wanted: a page of 1000 costs about what asking for one object does."""
@@ -59,15 +66,20 @@ class DiscoverConfig:
     """Clips: a folder (searched recursively for mp4, webm, mkv, mov and avi; names that begin with a dot are passed over), one video file, or a
     text file that lists video files, one a line, relative to itself. All of them also in object storage: s3://BUCKET/PREFIX, gs:// or az://."""
     listing: str = ""
-    """For a folder: which of its clips to take. VGGSound's csv (`youtube id,start second,label,split`) or a text file of clip ids, one a line; files
-    are called `<youtube id>_<start ms>_<end ms>` or `<youtube id>_<start second in six digits>`. Empty takes the folder's own vggsound.csv if it
-    has one, else every video; `none` takes every video."""
+    """For a folder: which of its clips to take. VGGSound's csv (`youtube id,start second,label,split`), AudioSet's (`youtube id,start second,end
+    second,"labels"` after lines of comment) or a text file of clip ids, one a line; files are called `<youtube id>_<start ms>_<end ms>` or
+    `<youtube id>_<start second in six digits>`, wherever they lie in the folder. Empty takes the folder's own vggsound.csv if it has one, else every
+    video; `none` takes every video."""
     split: str = "train"
     """Split of clips for which no csv says it."""
     validation_fraction: float = 0.0
     """Part of the clips of `split` that becomes the split `validation`: those whose keys have the next smallest hashes after the test clips'."""
     test_fraction: float = 0.0
     """Part of the clips of `split` that becomes the split `test`: those whose keys have the smallest hashes."""
+    layout: Literal["any", "lrs3"] = "any"
+    """How a folder is laid out. `any`: names of files are clips' keys. `lrs3`: `pretrain|trainval|test/<speaker>/<utterance>.mp4` gives the key
+    `<speaker>_<utterance>` and, without a listing, the split; a listing has `pretrain/<speaker>/<utterance>`, one a line. Fractions are then of
+    speakers, so that nobody is in two splits."""
 
 
 def discover(config: DiscoverConfig) -> list[Clip]:
@@ -109,6 +121,8 @@ def _found(config: DiscoverConfig) -> Iterator[Clip]:
     """Every input, in any order, with duplicates."""
     # Workers may run in another directory or on another machine, so a local source is kept by its absolute path.
     source = _normal(storage.join(config.source)) if storage.is_remote(config.source) else os.path.abspath(config.source)
+    if config.layout == "lrs3":
+        return _lrs3(source, config)
     if storage.is_folder(source):
         own = storage.join(source, "vggsound.csv")
         if config.listing == "none" or (not config.listing and not storage.is_file(own)):
@@ -241,25 +255,23 @@ def _listed_or_asked(folder: str, wanted: Collection[str], *, recursive: bool) -
 
 def _listed_ids(listing: str, folder: str, split: str) -> Iterator[Clip]:
     """Clips of VGGSound's csv or of a text file of clip ids, found in a folder by their names."""
-    if not storage.is_file(listing):
-        raise ValueError(f"listing is {listing!r}, which is no file; expected VGGSound's csv or a text file of clip ids")
-    rows = _csv_rows(listing, split) if listing.lower().endswith(".csv") else ((line, line, None, split) for line in _lines(listing))
+    rows = listed_rows(listing, split)
     found: dict[str, File] = {}
     for file in sorted(_videos(folder), reverse=True):  # of files for the same clip, the first in sorted order stays
-        for clip_id in _ids(_stem(file[0])):
+        for clip_id in clip_ids(_stem(file[0])):
             found[clip_id] = file
-    for clip_id, default_key, label, row_split in rows:
-        file = found.get(clip_id) or next((found[other] for other in _ids(clip_id) if other in found), None)
+    for row in rows:
+        file = found.get(row.clip_id) or next((found[other] for other in clip_ids(row.clip_id) if other in found), None)
         if file is None:
-            key, path = key_of(default_key), storage.join(folder, f"{default_key}.mp4")
-            yield Clip(key, path, row_split, label, "missing", f"listed in {listing} but not in {folder}")
+            key, path = key_of(row.key), storage.join(folder, f"{row.key}.mp4")
+            yield Clip(key, path, row.split, row.label, "missing", f"listed in {listing} but not in {folder}")
         else:
             stem = _stem(file[0])
-            key = key_of(stem if MILLISECONDS_NAME.fullmatch(stem) else default_key)
-            yield Clip(key, file[0], row_split, label, size=file[1], version=file[2])
+            key = key_of(stem if MILLISECONDS_NAME.fullmatch(stem) else row.key)
+            yield Clip(key, file[0], row.split, row.label, size=file[1], version=file[2])
 
 
-def _ids(stem: str) -> list[str]:
+def clip_ids(stem: str) -> list[str]:
     """Names under which a file can be listed: its stem, and its youtube id with the start in milliseconds."""
     if match := MILLISECONDS_NAME.fullmatch(stem):
         return [stem, f"{match[1]}_{int(match[2])}"]
@@ -268,18 +280,108 @@ def _ids(stem: str) -> list[str]:
     return [stem]
 
 
-def _csv_rows(path: str, split: str) -> Iterator[tuple[str, str, str | None, str]]:
-    """VGGSound's rows: youtube id with start, key, label, split. A first row whose second column is no number is a header."""
-    for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
-        if not row:
+class ListedClip(NamedTuple):
+    """A row of a csv or list of clips."""
+
+    clip_id: str
+    """Youtube id and start in milliseconds, or the line of a list: what a file is found by."""
+    key: str
+    """The whole name that its file has where the data set is published."""
+    label: str | None
+    split: str
+
+
+def listed_rows(path: str, split: str) -> Iterator[ListedClip]:
+    """Rows of VGGSound's or AudioSet's csv, or of a text file of clip ids; those that do not say their split have `split`.
+
+    Raises ValueError if there is no such file, or for a row of another form.
+    """
+    if not storage.is_file(path):
+        raise ValueError(f"listing is {path!r}, which is no file; expected VGGSound's or AudioSet's csv or a text file of clip ids")
+    if not path.lower().endswith(".csv"):
+        return (ListedClip(line, line, None, split) for line in _lines(path))
+    return _csv_rows(path, split)
+
+
+def _csv_rows(path: str, split: str) -> Iterator[ListedClip]:
+    """A first row whose second column is no number is a header; lines that begin with # are comments, as in AudioSet's files."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), skipinitialspace=True)
+    for row in reader:
+        if not row or row[0].startswith("#"):
             continue
-        if len(row) not in (3, 4) or not row[1].strip().isdigit():
-            if number == 1 and len(row) in (3, 4):
-                continue
-            raise ValueError(f"{path}, line {number}: {row!r}; expected `youtube id,start second,label,split`")
-        start_ms = int(row[1]) * 1000
-        row_split = row[3].strip() if len(row) == 4 else split
-        yield f"{row[0]}_{start_ms}", f"{row[0]}_{start_ms}_{start_ms + VGGSOUND_SECONDS * 1000}", row[2].strip() or None, row_split
+        clip = _vggsound_row(row, split) or _audioset_row(row, split)
+        if clip is not None:
+            yield clip
+        elif reader.line_num > 1 or len(row) not in (3, 4):
+            raise ValueError(
+                f"{path}, line {reader.line_num}: {row!r}; expected `youtube id,start second,label,split` as VGGSound has it, or AudioSet's "
+                '`youtube id,start second,end second,"labels"`'
+            )
+
+
+def _vggsound_row(row: list[str], split: str) -> ListedClip | None:
+    if len(row) not in (3, 4) or not row[1].strip().isdigit() or (len(row) == 4 and AUDIOSET_LABELS.match(row[3])):
+        return None
+    start_ms = int(row[1]) * 1000
+    key = f"{row[0]}_{start_ms}_{start_ms + VGGSOUND_SECONDS * 1000}"
+    return ListedClip(f"{row[0]}_{start_ms}", key, row[2].strip() or None, row[3].strip() if len(row) == 4 else split)
+
+
+def _audioset_row(row: list[str], split: str) -> ListedClip | None:
+    """Also as Synchformer's lists have it: a fifth column, and the part of AudioSet before the id (`unbalanced/<id>`), which says the split."""
+    if len(row) not in (4, 5) or (len(row) == 4 and not AUDIOSET_LABELS.match(row[3])):
+        return None
+    try:
+        start_ms, end_ms = (int(float(seconds) * 1000) for seconds in row[1:3])  # truncated, as its files are named
+    except ValueError:
+        return None
+    part, _, youtube_id = row[0].rpartition("/")
+    split = AUDIOSET_SPLITS.get(part.removesuffix("_segments").removesuffix("_train"), split)
+    return ListedClip(f"{youtube_id}_{start_ms}", f"{youtube_id}_{start_ms}_{end_ms}", row[3].strip() or None, split)
+
+
+# --- LRS3 -----------------------------------------------------------------------------------------------------------------------------
+
+
+def lrs3_name(path: str) -> tuple[str, str] | None:
+    """Folder (pretrain, trainval or test) and key of a clip of LRS3, from its path with or without an ending; None for another path."""
+    stem, ending = os.path.splitext(path)
+    match = LRS3_NAME.search(stem if ending.lower() in VIDEO_SUFFIXES else path)
+    return (match[1], key_of(f"{match[2]}_{match[3]}")) if match else None
+
+
+def _lrs3(source: str, config: DiscoverConfig) -> Iterator[Clip]:
+    """Clips in LRS3's folders, all or those that are listed."""
+    if not storage.is_folder(source):
+        raise ValueError(
+            f"source is {config.source!r}, which is no folder; layout=lrs3 reads pretrain|trainval|test/<speaker>/<utterance>.mp4 in one"
+        )
+    found: dict[str, tuple[str, str, File]] = {}
+    for file in sorted(_videos(source)):
+        name = lrs3_name(file[0])
+        if name is None:
+            raise ValueError(
+                f"{file[0]}: not a place for a clip of LRS3; expected pretrain|trainval|test/<speaker>/<utterance>.mp4, or give layout=any"
+            )
+        folder, key = name
+        found[f"{folder}/{key}"] = folder, key, file
+    if config.listing in ("", "none"):
+        yield from (Clip(key, file[0], folder, size=file[1], version=file[2]) for folder, key, file in found.values())
+        return
+    for listed in listed_rows(config.listing, config.split):
+        name = lrs3_name(listed.clip_id)
+        if name is None:
+            raise ValueError(f"{config.listing}: {listed.clip_id!r}; expected pretrain|trainval|test/<speaker>/<utterance>, one a line")
+        there = found.get("/".join(name))
+        if there is None:
+            path = storage.join(source, listed.clip_id)
+            yield Clip(name[1], path, config.split, None, "missing", f"listed in {config.listing} but not in {source}")
+        else:
+            _, key, file = there
+            yield Clip(key, file[0], config.split, size=file[1], version=file[2])
+
+
+# --- lines, duplicates, splits --------------------------------------------------------------------------------------------------------
 
 
 def _lines(path: str) -> list[str]:
@@ -310,8 +412,17 @@ def _split(clips: list[Clip], config: DiscoverConfig) -> list[Clip]:
     if min(config.validation_fraction, config.test_fraction) < 0 or config.validation_fraction + config.test_fraction > 1:
         given = f"validation_fraction is {config.validation_fraction} and test_fraction {config.test_fraction}"
         raise ValueError(f"{given}; expected parts of 1 that add up to at most 1")
-    keys = sorted({clip.key for clip in clips if clip.split == config.split}, key=lambda key: hashlib.sha256(key.encode()).digest())
+    of = _speaker if config.layout == "lrs3" else _own_key
+    keys = sorted({of(clip) for clip in clips if clip.split == config.split}, key=lambda key: hashlib.sha256(key.encode()).digest())
     test = round(len(keys) * config.test_fraction)
     validation = round(len(keys) * config.validation_fraction)
     moved = dict.fromkeys(keys[:test], "test") | dict.fromkeys(keys[test : test + validation], "validation")
-    return [replace(clip, split=moved[clip.key]) if clip.split == config.split and clip.key in moved else clip for clip in clips]
+    return [replace(clip, split=moved[of(clip)]) if clip.split == config.split and of(clip) in moved else clip for clip in clips]
+
+
+def _own_key(clip: Clip) -> str:
+    return clip.key
+
+
+def _speaker(clip: Clip) -> str:
+    return clip.key.rpartition("_")[0]

@@ -42,7 +42,7 @@ def test_auc_of_the_ends() -> None:
 def test_accuracy_among_what_a_threshold_keeps() -> None:
     hit, probability = torch.tensor([True, False, True, False, True]), torch.tensor([0.9, 0.5, 0.7, 0.1, 0.4])
     rows = accuracy_by_threshold(hit, probability, [0.0, 0.5, 0.75, 0.95])
-    assert rows[:3] == [Kept(0.0, 5, 3 / 5), Kept(0.5, 3, 2 / 3), Kept(0.75, 1, 1.0)]
+    assert rows[:3] == [Kept(0.0, 5, 3 / 5), Kept(0.5, 2, 1.0), Kept(0.75, 1, 1.0)]
     assert rows[3].kept == 0 and math.isnan(rows[3].accuracy)
 
 

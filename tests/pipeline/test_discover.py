@@ -102,6 +102,69 @@ def test_vggsound_csv(tmp_path: Path, nested: bool) -> None:
     assert [clip.key for clip in discover(DiscoverConfig(str(tmp_path / "clips"), listing=str(elsewhere)))] == ["ZYc410CE4Rg_0_4000"]
 
 
+AUDIOSET = """\
+# Segments csv created Sun Mar  5 10:54:31 2017
+# num_ytids=20371, num_segs=20371, num_unique_labels=527, num_positive_labels=51804
+# YTID, start_seconds, end_seconds, positive_labels
+--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/07q6cd_,/m/0bt9lr,/m/0jbk"
+--BfvyPmVMo, 20.000, 30.000, "/m/03l9g"
+-0BIyqJj9ZU, 30.000, 38.290, "/t/dd00125"
+-0Gj8-vB1q4, 30.000, 40.000, "/g/122z_qxw"
+"""
+
+
+def test_audiosets_csv(tmp_path: Path) -> None:
+    names = ["--4gqARaEJE_0_10000", "--BfvyPmVMo_000020", "-0BIyqJj9ZU_30000_38289"]
+    _touch(tmp_path / "clips", *(f"eval_segments/{name}.mp4" for name in names), "eval_segments/unlisted.mp4")
+    (tmp_path / "eval.csv").write_text(AUDIOSET)
+    clips = discover(DiscoverConfig(str(tmp_path / "clips"), listing=str(tmp_path / "eval.csv"), split="test"))
+    assert [(clip.key, clip.split, clip.label, clip.reason) for clip in clips] == [
+        ("--4gqARaEJE_0_10000", "test", "/m/068hy,/m/07q6cd_,/m/0bt9lr,/m/0jbk", None),
+        ("--BfvyPmVMo_20000_30000", "test", "/m/03l9g", None),
+        ("-0BIyqJj9ZU_30000_38289", "test", "/t/dd00125", None),  # 38.29 s is 38289 ms by truncation of the product
+        ("-0Gj8-vB1q4_30000_40000", "test", "/g/122z_qxw", "missing"),
+    ]
+    assert [Path(clip.source).stem for clip in clips[:3]] == names
+    # Synchformer's own list of AudioSet: no comments, the part before the id, numbers for labels.
+    rows = 'eval/--4gqARaEJE,0,10,"7,74",x\nunbalanced/--BfvyPmVMo,20.0,30.0,"3",x\nbalanced/-0BIyqJj9ZU,30,38.29,"9",x\n'
+    (tmp_path / "audioset.csv").write_text(rows)
+    clips = discover(DiscoverConfig(str(tmp_path / "clips"), listing=str(tmp_path / "audioset.csv")))
+    assert [(clip.key[:11], clip.split, clip.label, clip.reason) for clip in clips] == [
+        ("--4gqARaEJE", "test", "7,74", None),
+        ("--BfvyPmVMo", "train", "3", None),
+        ("-0BIyqJj9ZU", "validation", "9", None),
+    ]
+
+
+LRS3 = ["pretrain/0Fi83BHQsMA/00002.mp4", "trainval/0Fi83BHQsMA/50001.mp4", "pretrain/a_b-cdefghi/00002.mp4", "test/zzXawbbEGRw/00001.mp4"]
+
+
+def test_lrs3s_folders(tmp_path: Path) -> None:
+    _touch(tmp_path / "lrs3", *LRS3, "pretrain/0Fi83BHQsMA/00002.txt")
+    clips = discover(DiscoverConfig(str(tmp_path / "lrs3"), layout="lrs3"))
+    assert [(clip.key, clip.split, clip.reason) for clip in clips] == [
+        ("0Fi83BHQsMA_00002", "pretrain", None),
+        ("a_b-cdefghi_00002", "pretrain", None),
+        ("zzXawbbEGRw_00001", "test", None),
+        ("0Fi83BHQsMA_50001", "trainval", None),
+    ]
+    only = discover(DiscoverConfig(str(tmp_path / "lrs3/pretrain"), layout="lrs3"))
+    assert [clip.key for clip in only] == ["0Fi83BHQsMA_00002", "a_b-cdefghi_00002"]
+    (tmp_path / "lrs3_test.txt").write_text("pretrain/a_b-cdefghi/00002\npretrain/a_b-cdefghi/00003\n")
+    listed = discover(DiscoverConfig(str(tmp_path / "lrs3"), layout="lrs3", listing=str(tmp_path / "lrs3_test.txt"), split="test"))
+    assert [(clip.key, clip.split, clip.reason) for clip in listed] == [("a_b-cdefghi_00002", "test", None), ("a_b-cdefghi_00003", "test", "missing")]
+
+
+def test_no_speaker_of_lrs3_is_in_two_splits(tmp_path: Path) -> None:
+    _touch(tmp_path, *(f"pretrain/speaker{n % 11:03d}_/{n:05d}.mp4" for n in range(77)))
+    clips = discover(DiscoverConfig(str(tmp_path), layout="lrs3", split="pretrain", validation_fraction=0.2, test_fraction=0.3))
+    of: dict[str, set[str]] = {}
+    for clip in clips:
+        of.setdefault(clip.key[:11], set()).add(clip.split)
+    assert len(of) == 11 and all(len(splits) == 1 for splits in of.values())
+    assert sorted(split for splits in of.values() for split in splits) == ["pretrain"] * 6 + ["test"] * 3 + ["validation"] * 2
+
+
 def test_list_of_ids(tmp_path: Path) -> None:
     _touch(tmp_path / "clips", "a/-0BIyqJj9ZU_30000_40000.mp4", "---g-f_I2yQ_000001.mp4", "b.mp4")
     ids = tmp_path / "ids.txt"
@@ -142,11 +205,15 @@ def test_splits_are_fractions_that_do_not_depend_on_order(tmp_path: Path) -> Non
         ({"source": "clips", "split": "a/b"}, "cannot name files"),
         ({"source": "noise.bin"}, "not a text file"),
         ({"source": "clips/a.mp4", "listing": "bad.csv"}, "expected a folder"),
+        ({"source": "clips", "layout": "lrs3"}, r"a\.mp4: not a place for a clip of LRS3"),
+        ({"source": "clips/a.mp4", "layout": "lrs3"}, "no folder; layout=lrs3 reads"),
+        ({"source": "lrs3", "layout": "lrs3", "listing": "ids.txt"}, r"ids\.txt: 'spk/1'; expected pretrain"),
     ],
 )
 def test_user_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, says: str) -> None:
     monkeypatch.chdir(tmp_path)
-    _touch(tmp_path, "clips/a.mp4")
+    _touch(tmp_path, "clips/a.mp4", "lrs3/test/spk/1.mp4")
+    Path("ids.txt").write_text("spk/1\n")
     Path("empty").mkdir()
     Path("bad.csv").write_text("aaaaaaaaaaa,1,x,train\nbbbbbbbbbbb,two,x,train\n")
     Path("noise.bin").write_bytes(b"\xff\xfe\x00\x81")
