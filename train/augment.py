@@ -2,8 +2,8 @@
 
 Every draw comes from the `random.Random` that is handed in, so a clip's pixels and samples follow from its seed alone. Pictures stay uint8 and
 sound stays a waveform; normalisation and spectrograms are made where the network is. Effects are those of the published training (Iashin et al.
-2024, sec. 4.1, and its configuration files). Differs: a picture's colours are rounded once and not after every step; sounds are raised in pitch
-by a phase vocoder, not by overlapping pieces. Knows tensors only: no files, no segments' places, no network.
+2024, sec. 4.1, and its configuration files). Differs: colours are rounded once and not after every step, and pitch is shifted
+in shorter pieces. Knows tensors only: no files, no segments' places, no network.
 """
 
 import math
@@ -58,7 +58,7 @@ class AugmentOptions:
     p_pitch: float = 0.2
     """Higher, at the same tempo."""
     pitch_cents: float = 1000.0
-    """By how much, in hundredths of a semitone; less than 0 is lower."""
+    """By how much, in hundredths of a semitone. Not lower: pieces of the sound would be left out for it, and with them what is to be found."""
     p_low_pass: float = 0.2
     """Muffled: a filter of second order."""
     cutoff_hz: float = 100.0
@@ -73,11 +73,11 @@ class AugmentOptions:
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: expected probabilities, from 0 to 1")
         if not (
-            0 < self.zoom <= 1 and 0 <= self.colour_strength <= 2.5 and 0 < self.cutoff_hz < SAMPLE_RATE_HZ / 2 and abs(self.pitch_cents) <= 2400
+            0 < self.zoom <= 1 and 0 <= self.colour_strength <= 2.5 and 0 < self.cutoff_hz < SAMPLE_RATE_HZ / 2 and 0 <= self.pitch_cents <= 2400
         ):
             raise ValueError(
                 f"zoom={self.zoom}, colour_strength={self.colour_strength}, cutoff_hz={self.cutoff_hz}, pitch_cents={self.pitch_cents}: expected "
-                f"(0, 1], [0, 2.5], (0, {SAMPLE_RATE_HZ // 2}) and [-2400, 2400]"
+                f"(0, 1], [0, 2.5], (0, {SAMPLE_RATE_HZ // 2}) and [0, 2400]"
             )
 
 
@@ -152,8 +152,8 @@ class Colour:
 def draw_colour(rng: random.Random, strength: float) -> Colour:
     """Factors and their order."""
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
-    factors = [rng.uniform(low, high) for _ in range(3)]
-    return Colour(*factors, rng.uniform(-0.2 * strength, 0.2 * strength), tuple(rng.sample(STEPS, len(STEPS))))
+    light, contrast, saturation = (rng.uniform(low, high) for _ in range(3))
+    return Colour(light, contrast, saturation, rng.uniform(-0.2 * strength, 0.2 * strength), tuple(rng.sample(STEPS, len(STEPS))))
 
 
 def change_colours(frames: UInt8[Tensor, "t h w 3"], colour: Colour) -> UInt8[Tensor, "t h w 3"]:
@@ -202,11 +202,11 @@ def augment_pictures(pictures: UInt8[Tensor, "groups t h w 3"], rng: random.Rand
     changed = torch.empty(pictures.shape, dtype=torch.uint8)
     for group, into in zip(pictures, changed, strict=True):
         if rng.random() < options.p_flip:
-            group = group.flip(2)  # noqa: PLW2901 - the same pictures, one change after another
+            group = group.flip(2)
         if rng.random() < options.p_colour:
-            group = change_colours(group, draw_colour(rng, options.colour_strength))  # noqa: PLW2901
+            group = change_colours(group, draw_colour(rng, options.colour_strength))
         if rng.random() < options.p_grey:
-            group = make_grey(group)  # noqa: PLW2901
+            group = make_grey(group)
         into.copy_(group)
     return changed
 
@@ -224,24 +224,46 @@ def low_pass(sound: Float[Tensor, "n samples"], cutoff_hz: float) -> Float[Tenso
     return AF.lowpass_biquad(sound, SAMPLE_RATE_HZ, cutoff_hz, Q=0.707)
 
 
-PITCH_WINDOW, PITCH_HOP = 512, 128
-"""Of the phase vocoder, in samples: short, for what is to be learned is when something sounds."""
+PIECE, OVERLAP, REACH = 512, 128, 100
+"""Of stretching, in samples: pieces of 32 ms, shorter than sox's 82, for what is to be learned is when something sounds; how far neighbours go into
+each other; how far a piece may be moved to fit on (half a period of 80 Hz)."""
 
 
 def shift_pitch(sound: Float[Tensor, "n samples"], cents: float) -> Float[Tensor, "n samples"]:
-    """Higher by so many hundredths of a semitone and as long as before: stretched by a phase vocoder, and then sampled at fewer points.
+    """Higher by so many hundredths of a semitone and as long as before: stretched, and then sampled at fewer points.
 
     The ratio is that of the nearest fraction with a denominator of up to 32 (1000 cents: 57 / 32, which are 999.5).
     """
     ratio = Fraction(2 ** (cents / 1200)).limit_denominator(32)
     if ratio == 1:
         return sound
-    samples, window = sound.shape[-1], torch.hann_window(PITCH_WINDOW)
-    spectrum = torch.stft(sound, PITCH_WINDOW, PITCH_HOP, window=window, return_complex=True)
-    advance = torch.linspace(0, math.pi * PITCH_HOP, PITCH_WINDOW // 2 + 1)[:, None]
-    stretched = AF.phase_vocoder(spectrum, float(1 / ratio), advance)
-    longer = torch.istft(stretched, PITCH_WINDOW, PITCH_HOP, window=window, length=math.ceil(samples * ratio))
-    return AF.resample(longer, ratio.numerator, ratio.denominator)[..., :samples]
+    return AF.resample(stretch(sound, ratio), ratio.numerator, ratio.denominator)[:, : sound.shape[1]]
+
+
+def stretch(sound: Float[Tensor, "n samples"], ratio: Fraction) -> Float[Tensor, "n longer"]:
+    """`ratio` (1 or more) times as long at the same pitch: pieces are repeated, each moved to where it goes on best from the one before (WSOLA,
+    Verhelst & Roelands 1993)."""
+    rows, samples = sound.shape
+    longer, step = math.ceil(samples * ratio), PIECE - OVERLAP
+    count = math.ceil(longer / step) + 1
+    # A piece's middle is taken from where it belongs. Before the first and after the last there is silence.
+    middles = [round((k * step + step // 2) / ratio) for k in range(count)]
+    before, after = step // 2 + REACH, PIECE + step + 2 * REACH
+    padded = F.pad(sound, (before, after + max(0, middles[-1] - samples)))
+    fade = torch.ones(PIECE)
+    fade[:OVERLAP] = (torch.arange(OVERLAP) + 0.5) / OVERLAP
+    fade[step:] = fade[:OVERLAP].flip(0)
+    out = sound.new_zeros(rows, count * step + OVERLAP)
+    goes_on = torch.full((rows, 1), middles[0] - step // 2 + before)
+    for k, middle in enumerate(middles):
+        first = middle - step // 2 + before - REACH
+        candidates = padded[:, first : first + 2 * REACH + OVERLAP].unfold(1, OVERLAP, 1)
+        wanted = padded.gather(1, goes_on + torch.arange(OVERLAP))[:, :, None]
+        likeness = (candidates @ wanted)[..., 0] / candidates.square().sum(-1).add_(1e-9).sqrt_()
+        start = first + (likeness.argmax(1, keepdim=True) if k else REACH)
+        out[:, k * step : k * step + PIECE] += fade * padded.gather(1, (start + torch.arange(PIECE)).expand(rows, -1))
+        goes_on = start + step if k else goes_on + step
+    return out[:, :longer]
 
 
 def reverberate(sound: Float[Tensor, "n samples"]) -> Float[Tensor, "n samples"]:
