@@ -119,6 +119,8 @@ class DecodedClip:
     sample_rate_hz: int
     frame_rate_hz: int
     source: SourceInfo
+    mono: Float32[np.ndarray, "mono_samples"] | None = None
+    """The mean of the sound's own channels, at the rate that was asked for; None if it was not."""
 
 
 def decode(
@@ -126,15 +128,21 @@ def decode(
     *,
     sample_rate_hz: int | None = None,
     channels: int | None = None,
+    mono_rate_hz: int | None = None,
     short_side: int | None = None,
     frame_rate_hz: int = FRAME_RATE_HZ,
     threads: int = 1,
 ) -> DecodedClip:
-    """Pictures and sound of a clip with one reading; None keeps the file's own sample rate, channels or picture size."""
+    """Pictures and sound of a clip with one reading; None keeps the file's own sample rate, channels or picture size.
+
+    `mono_rate_hz` asks for the sound in a second form (`DecodedClip.mono`), as networks hear it whose training took the mean of the channels:
+    swresample's mix of two is louder by 3 dB.
+    """
     with open_clip(source, frame_rate_hz=frame_rate_hz, threads=threads, need_audio=True) as clip:
-        audio, rate_hz = clip.sound(sample_rate_hz, channels)
+        (audio, rate_hz), *others = clip.sounds((sample_rate_hz, channels), *([(mono_rate_hz, None)] if mono_rate_hz else []))
         frames = clip.rgb(short_side)
-        return DecodedClip(frames, audio, rate_hz, frame_rate_hz, clip.info())
+        mono = others[0][0].mean(0) if others else None
+        return DecodedClip(frames, audio, rate_hz, frame_rate_hz, clip.info(), mono)
 
 
 def decode_video(source: str | Path | bytes, *, short_side: int | None = None, frame_rate_hz: int = FRAME_RATE_HZ, threads: int = 1) -> Pictures:
@@ -508,13 +516,23 @@ class OpenClip:
 
     def sound(self, sample_rate_hz: int | None = None, channels: int | None = None) -> tuple[Sound, int]:
         """The whole sound on the clip's clock, and its sample rate. One use."""
+        return self.sounds((sample_rate_hz, channels))[0]
+
+    def sounds(self, *formats: tuple[int | None, int | None]) -> list[tuple[Sound, int]]:
+        """The whole sound on the clip's clock in each (sample rate in Hz, channels), decoded once; and its sample rate. One use."""
         own_rate_hz, own_channels = self.sound_format()
-        rate_hz = sample_rate_hz or own_rate_hz
-        track, at = np.zeros((channels or own_channels, self.samples(rate_hz)), np.float32), 0
-        for wave in self.sound_pieces(rate_hz, track.shape[0]):
-            track[:, at : at + wave.shape[1]] = wave
-            at += wave.shape[1]
-        return track, rate_hz
+        frames = self._all_sound() if len(formats) == 1 else list(self._all_sound())
+        found, counted = [], (self.audio_gaps, self.audio_faults)
+        for sample_rate_hz, channels in formats:
+            if found:
+                self.audio_gaps, self.audio_faults = counted  # a hole counts once, however often it is resampled
+            rate_hz = sample_rate_hz or own_rate_hz
+            track, at = np.zeros((channels or own_channels, self.samples(rate_hz)), np.float32), 0
+            for wave in self._pieces(frames, rate_hz, track.shape[0], 0, None):
+                track[:, at : at + wave.shape[1]] = wave
+                at += wave.shape[1]
+            found.append((track, rate_hz))
+        return found
 
     @property
     def has_sound(self) -> bool:
@@ -533,11 +551,19 @@ class OpenClip:
 
         Sound is always decoded from the beginning: only so is its place exact to the sample in every container.
         """
+        yield from self._pieces(self._all_sound(), sample_rate_hz, channels, start, stop)
+
+    def _all_sound(self) -> Iterator[tuple[Fraction, AudioFrame]]:
+        return chain([self._first_sound] if self._first_sound else [], self._sound_frames)
+
+    def _pieces(
+        self, frames: Iterable[tuple[Fraction, AudioFrame]], sample_rate_hz: int, channels: int | None, start: int, stop: int | None
+    ) -> Iterator[Sound]:
         _, own_channels = self.sound_format()
         assert self._first_sound is not None
         layout = channel_layout(channels) if channels else self._first_sound[1].layout.name
         filled, end = self.samples(sample_rate_hz, start), self.samples(sample_rate_hz, stop)
-        for at, wave in self._placed_sound(chain([self._first_sound], self._sound_frames), layout, sample_rate_hz):
+        for at, wave in self._placed_sound(frames, layout, sample_rate_hz):
             if stop is not None and filled >= end:
                 break
             skip = max(0, filled - at)  # a run that starts inside the one before: what is already there stays

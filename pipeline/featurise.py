@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import encodec
+import numpy as np
 import ray
 import torch
+import torchaudio
 
 from configs import storage
 from configs.load import job_main
 from pipeline.discover import Clip
-from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, TowerOptions, find_weights, networks_spec
+from pipeline.features import AUDIO_MEMBER, Decoded, FeatureOptions, Features, Featuriser, TowerOptions, find_weights, networks_spec
 from pipeline.isolate import call
 from pipeline.job import JobOptions, Summary, carry_out, finish, open_dataset, settle_plan
 from pipeline.media import MediaError, decode
@@ -74,14 +76,15 @@ def run_stage(config: FeaturiseConfig, ray_cluster: Cluster) -> tuple[Summary, S
 
 def feature_info(options: FeatureOptions, source: dict) -> DatasetInfo:
     """dataset.json of the feature dataset: networks, their weights and arithmetic, and what the features were made from decide the bytes."""
-    libraries = {**media_libraries(), "torch": torch.__version__, "encodec": encodec.__version__}
-    spec = {**networks_spec(options), **source, "libraries": libraries}
-    tower, codec = find_weights(options)
-    weights = {
-        "tower": {"path": str(tower.resolve()), "sha256": spec["tower"]["weights_sha256"]},
-        "codec": {"path": str(codec.resolve()), "sha256": spec["codec"]["weights_sha256"]},
-    }
-    return new_info("features", spec, {"weights": weights})
+    networks = networks_spec(options)
+    sha256 = {"tower": networks["tower"]["weights_sha256"]}
+    libraries = {**media_libraries(), "torch": torch.__version__}
+    if networks["codec"]:
+        sha256["codec"], libraries["encodec"] = networks["codec"]["weights_sha256"], encodec.__version__
+    if "audio" in networks:
+        sha256["audio"], libraries["torchaudio"] = networks["audio"]["tower"]["weights_sha256"], torchaudio.__version__
+    weights = {name: {"path": str(path.resolve()), "sha256": sha256[name]} for name, path in find_weights(options).items()}
+    return new_info("features", {**networks, **source, "libraries": libraries}, {"weights": weights})
 
 
 class FeaturiseActor(UnitActor):
@@ -102,28 +105,38 @@ class FeaturiseActor(UnitActor):
 
     def _decode(self, clip: Clip) -> Decoded:
         assert self._media is not None
-        rate, channels = self._featuriser.decode_rates() or (0, 0)
+        rate, channels = self._featuriser.decode_rates() or (None, None)
         stored = self._media.bytes(self._media.row(clip.key), "mp4")
-        decoded = call(partial(decode, sample_rate_hz=rate, channels=channels), stored, limits=self._limits)
-        return Decoded(decoded.frames, decoded.audio)
+        reading = partial(decode, sample_rate_hz=rate, channels=channels, mono_rate_hz=self._featuriser.heard_rate_hz())
+        decoded = call(reading, stored, limits=self._limits)
+        return Decoded(decoded.frames, decoded.audio, heard=decoded.mono)
 
 
 def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featuriser) -> Entry:
-    """The ledger row and, for a good clip, the members `KEY.avclip.npy`, `KEY.<codec>.npy` and `KEY.json`."""
+    """The ledger row and, for a good clip, the members `KEY.avclip.npy`, `KEY.<codec>.npy`, `KEY.avclip_audio.npy` and `KEY.json`.
+
+    The sound's features, the largest, come after what V-AURA's training reads in one go.
+    """
     if isinstance(features, MediaError):
         return failed_entry(clip, features.reason, features.message)
-    assert featuriser.codec is not None and features.codes is not None
     described = {
         "key": clip.key,
         "split": clip.split,
         "label": clip.label,
         "frames": features.frames,
         "segments": features.avclip.shape[1],
-        "steps": features.codes.shape[1],
         "crops": [asdict(crop) for crop in features.crops],
     }
-    members = {"avclip.npy": features.avclip, f"{featuriser.codec.name}.npy": features.codes, "json": json_bytes(described)}
-    return Entry(clip.key, clip.split, clip.label, clip.source, features.frames / 25, members)
+    members: dict[str, np.ndarray | bytes] = {"avclip.npy": features.avclip}
+    if featuriser.codec is not None:
+        assert features.codes is not None
+        members[f"{featuriser.codec.name}.npy"] = features.codes
+        described["steps"] = features.codes.shape[1]
+    if featuriser.listener is not None:
+        assert features.audio is not None
+        members[AUDIO_MEMBER] = features.audio
+        described["audio_segments"] = features.audio.shape[1]
+    return Entry(clip.key, clip.split, clip.label, clip.source, features.frames / 25, {**members, "json": json_bytes(described)})
 
 
 def settle_device(tower: TowerOptions, out: str, ray_cluster: Cluster) -> TowerOptions:

@@ -100,8 +100,13 @@ class FusedActor(UnitActor):
             if isinstance(encoded, MediaError):
                 raise encoded
             assert encoded.pictures is not None and encoded.audio is not None
-            rate, channels = self._featuriser.decode_rates() or (0, 0)
-            return Decoded(encoded.pictures, resampled(encoded.audio, encoded.sample_rate_hz, rate, channels))
+            sound, rate_hz = encoded.audio, encoded.sample_rate_hz
+            wanted, heard_hz = self._featuriser.decode_rates(), self._featuriser.heard_rate_hz()
+            return Decoded(
+                encoded.pictures,
+                resampled(sound, rate_hz, *wanted) if wanted else None,
+                heard=resampled(sound, rate_hz, heard_hz, sound.shape[0]).mean(0) if heard_hz else None,
+            )
 
         for clip, found in self._featuriser.run(clips, decode):
             features.append(featurise.feature_entry(clip, found, self._featuriser))
