@@ -15,25 +15,28 @@ Knows numbers, datasets and processes. Knows no trainer and no model, and what a
 (`shards.stream`), pairs of pictures' and sound's segments (`shards.pairs`), clips that are decoded (`shards.clips`).
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import count, islice
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from configs import storage
 from shards.blocks import FetchConfig
 from shards.dataset import DatasetMismatch, differences
-from shards.order import LIST, Mixture, Order, check_lanes, counter_hash
+from shards.order import DRAW, LIST, Mixture, Order, check_lanes, counter_hash
 from shards.read import Index
 from shards.source import Source
 
@@ -41,6 +44,11 @@ BLOCKS_PER_LANE = 8
 """A small dataset is cut into smaller blocks than configured, so that a lane still has this many to shuffle."""
 MOST_PLANNED = 2**18
 """Samples that are told ahead to what reads object storage: a block of a dataset that hardly comes into a mixture may be fetched more than once."""
+MOST_REPLACED = 100
+"""So many clips one after the other of which nothing can be made are an error."""
+KEYS_TOLD = 20
+"""How many of the clips that are left out are named."""
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -94,6 +102,8 @@ class Picked:
     """In evaluation 0."""
     takes: np.ndarray
     """Which of the samples that a clip gives in an epoch, or in an evaluation."""
+    turns: np.ndarray
+    """How often the clip was taken before."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class SampleStream(IterableDataset, ABC, Generic[SourceT, CutT, BatchT]):
     def __init__(self, data: Index | Sequence[Index], config: SampleConfig, rank: int, world: int, *, shuffle: bool, takes: int) -> None:
         """`takes` is how many samples a clip gives in an epoch, or in an evaluation."""
         assert 0 <= rank < world
+        self.refused: dict[str, str] = {}
+        """Clips of which nothing could be made when it was their turn, with the reason. In training another took their place, see `_stand_in`."""
         self._indexes = [data] if isinstance(data, Index) else list(data)
         self._config, self._rank, self._world, self._shuffle, self._takes = config, rank, world, shuffle, takes
         check_alike(self._indexes)
@@ -148,16 +160,12 @@ class SampleStream(IterableDataset, ABC, Generic[SourceT, CutT, BatchT]):
         """What is cut for these samples of a dataset."""
 
     @abstractmethod
-    def _batch(self, cuts: list[CutT]) -> BatchT:
-        """The batch itself; a cut for each dataset."""
-
-    @abstractmethod
     def _names(self) -> dict[str, int]:
-        """What of the configuration decides the order and the samples: the seed, the lengths."""
+        """What of the configuration decides the samples, beside what decides any stream's order."""
 
     @abstractmethod
-    def _anew(self) -> "Callable[[], SampleStream]":
-        """Opens this stream again in another process, which makes no processes of its own."""
+    def _made(self) -> Generator[tuple[int, BatchT], None, None]:
+        """The batches from `consumed` on, made ahead, each with the position after it."""
 
     # --- its position ---
 
@@ -168,8 +176,15 @@ class SampleStream(IterableDataset, ABC, Generic[SourceT, CutT, BatchT]):
 
     @property
     def skipped(self) -> int:
-        """Good clips left out because nothing can be made of them."""
-        return sum(map(len, self._indexes)) - sum(len(source.rows) for source in self._sources)
+        """Good clips left out because nothing can be made of them: they are too short, or a list does not name them."""
+        return sum(map(len, self._indexes)) - sum(len(source.rows) for source in self._sources) + len(self.refused)
+
+    @property
+    def skipped_keys(self) -> list[str]:
+        """The keys of some of them."""
+        left_out = ((index, np.setdiff1d(np.arange(len(index)), source.rows)) for index, source in zip(self._indexes, self._sources, strict=True))
+        known = [key for index, rows in left_out for key in index.keys.take(pa.array(rows[:KEYS_TOLD])).to_pylist()]
+        return [*known, *self.refused][:KEYS_TOLD]
 
     @property
     def lanes(self) -> int:
@@ -206,12 +221,6 @@ class SampleStream(IterableDataset, ABC, Generic[SourceT, CutT, BatchT]):
             finally:
                 self._forget()  # first, so that the thread need not wait for storage that does not answer
 
-    def _made(self) -> Generator[tuple[int, BatchT], None, None]:
-        """The batches from `consumed` on, made ahead, each with the position after it."""
-        if self._config.workers:
-            return in_processes(WorkerBatches(self), self._config, remote=self._remote)
-        return prefetched(self.batches(), self._config.prefetch)
-
     def state_dict(self) -> dict[str, int | str]:
         """Where the stream is, and what that position refers to. The batch size and the number of ranks are no part of it."""
         return {"consumed": self.consumed, **self._identity()}
@@ -234,13 +243,8 @@ class SampleStream(IterableDataset, ABC, Generic[SourceT, CutT, BatchT]):
         self._set_lanes(lanes)
         self.consumed = int(state["consumed"])
 
-    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[int, BatchT]]:
-        """From `consumed` on: every so many of this rank's batches, from the first-th, each with the position after it."""
-        for after, cuts in self._plan(first, every):
-            yield after, self._batch(cuts)
-
     def _plan(self, first: int = 0, every: int = 1) -> Iterator[tuple[int, list[CutT]]]:
-        """The same, with what is to be cut for each."""
+        """From `consumed` on: what is to be cut for every so many of this rank's batches, from the first-th, and the position after each."""
         chosen = islice(self._training() if self._shuffle else self._evaluation(), first, None, every)
         picked = ((after, self._drawn(numbers) if self._shuffle else self._in_order(numbers)) for after, numbers in chosen)
         plan = ((after, [self._cut(dataset, share) for dataset, share in enumerate(shares)]) for after, shares in picked)
@@ -305,20 +309,74 @@ class SampleStream(IterableDataset, ABC, Generic[SourceT, CutT, BatchT]):
         """The samples at these numbers of the endless order."""
         picked = []
         datasets, places = self._mixture.places(numbers)
-        for dataset, (source, order) in enumerate(zip(self._sources, self._orders, strict=True)):
+        for dataset, order in enumerate(self._orders):
             slots = np.flatnonzero(datasets == dataset)
-            items = order.items(places[slots])
-            picked.append(Picked(slots, source.rows[items // self._takes], places[slots] // len(order), items % self._takes))
+            picked.append(self._pick(dataset, slots, order.items(places[slots]), places[slots] // len(order)))
         return picked
 
     def _in_order(self, numbers: np.ndarray) -> list[Picked]:
         """The samples at these numbers of the datasets' samples one after the other."""
         ends, picked = np.cumsum(self._lengths), []
-        for dataset, source in enumerate(self._sources):
+        for dataset, length in enumerate(self._lengths):
             slots = np.flatnonzero(np.searchsorted(ends, numbers, side="right") == dataset)
-            items = numbers[slots] - ends[dataset] + self._lengths[dataset]
-            picked.append(Picked(slots, source.rows[items // self._takes], np.zeros_like(items), items % self._takes))
+            picked.append(self._pick(dataset, slots, numbers[slots] - ends[dataset] + length, np.zeros_like(slots)))
         return picked
+
+    def _pick(self, dataset: int, slots: np.ndarray, items: np.ndarray, epochs: np.ndarray) -> Picked:
+        takes = items % self._takes
+        return Picked(slots, self._sources[dataset].rows[items // self._takes], epochs, takes, epochs * self._takes + takes)
+
+    def _stand_in(self, dataset: int, row: int) -> int:
+        """The row that takes the place of one of which nothing can be made: the next one, so that it depends on nothing but the dataset."""
+        rows = self._sources[dataset].rows
+        return int(rows[(np.searchsorted(rows, row) + 1) % len(rows)])
+
+    def _refuse(self, key: str, reason: str) -> None:
+        """Nothing can be made of this clip. Told, and counted."""
+        if key not in self.refused and len(self.refused) <= KEYS_TOLD:
+            log.warning("%s is left out: %s", key, reason) if len(self.refused) < KEYS_TOLD else log.warning("further ones are not told")
+        self.refused[key] = reason
+
+
+class CutStream(SampleStream[SourceT, CutT, BatchT]):
+    """A stream whose batches are cut from stored arrays, by one thread or by processes that have each their own."""
+
+    @abstractmethod
+    def _batch(self, cuts: list[CutT]) -> BatchT:
+        """The batch itself; a cut for each dataset."""
+
+    @abstractmethod
+    def _anew(self) -> "Callable[[], CutStream]":
+        """Opens this stream again in another process, which makes no processes of its own."""
+
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[int, BatchT]]:
+        """From `consumed` on: every so many of this rank's batches, from the first-th, each with the position after it."""
+        for after, cuts in self._plan(first, every):
+            yield after, self._batch(cuts)
+
+    def _made(self) -> Generator[tuple[int, BatchT], None, None]:
+        if self._config.workers:
+            return in_processes(WorkerBatches(self), self._config, remote=self._remote)
+        return prefetched(self.batches(), self._config.prefetch)
+
+
+def clip_bits(seed: int, keys: Sequence[str], turns: np.ndarray) -> list[int]:
+    """64 random bits for each of these clips, when it is taken for the turns-th time: the same wherever in a dataset a clip is."""
+    numbers = np.array([int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys], np.uint64)
+    return counter_hash(seed, DRAW, turns, numbers).tolist()
+
+
+def stand_in_bits(seed: int, key: str, missing: str, turn: int) -> int:
+    """The same for a clip that takes the place of one of which nothing can be made: others than its own."""
+    return clip_bits(seed, [f"{key} for {missing}"], np.array([turn]))[0]
+
+
+def check_repeats(repeats: int, *, shuffle: bool) -> None:
+    """ValueError for how often an evaluation takes every clip, if that cannot be meant."""
+    if repeats < 1 or (shuffle and repeats > 1):
+        raise ValueError(
+            f"repeats={repeats}{' in training' if shuffle else ''}: expected 1, or more in an evaluation, which takes every clip so often"
+        )
 
 
 def check_alike(indexes: Sequence[Index]) -> None:
@@ -351,7 +409,7 @@ def spans(first: int, size: int, epoch: int | None) -> Iterator[tuple[int, int]]
 class WorkerBatches(IterableDataset):
     """What a worker process iterates over: its share of a rank's batches, from a stream that it opens for itself."""
 
-    def __init__(self, stream: SampleStream) -> None:
+    def __init__(self, stream: CutStream) -> None:
         self._open, self._consumed = stream._anew(), stream.consumed
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:

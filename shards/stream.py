@@ -22,7 +22,7 @@ import numpy as np
 
 from shards.order import START, VIEW, counter_hash
 from shards.read import Index
-from shards.samples import Cut, Picked, SampleConfig, SampleStream, at_least, check_alike
+from shards.samples import Cut, CutStream, Picked, SampleConfig, at_least, check_alike
 from shards.windows import Batch, Windows
 
 __all__ = ["FeatureStream", "StreamConfig", "check_alike"]
@@ -53,8 +53,8 @@ class WindowCut(Cut):
     views: np.ndarray
 
 
-class FeatureStream(SampleStream[Windows, WindowCut, Batch]):
-    """Windows of feature datasets: see `SampleStream`.
+class FeatureStream(CutStream[Windows, WindowCut, Batch]):
+    """Windows of feature datasets: see `shards.samples.SampleStream`.
 
     Training draws a window's start and its view. Evaluation takes view 0 from the clip's start.
     """
