@@ -12,6 +12,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "bench-prepare": ("pipeline.bench_prepare", "clips -> what preparing one costs on this machine, as a file of rates"),
     "plan": ("pipeline.estimate", "rates and a cluster's description -> how long and how large a preparation will be"),
     "train": ("train.vaura", "feature shards -> a run folder with a V-AURA model"),
+    "train.sync": ("train.sync", "Synchformer: stage=1 both towers, stage=2 the offset, stage=3 whether there is one"),
     "generate": ("pipeline.generate", "a run folder and videos -> the videos with generated sound"),
     "app": ("pipeline.app", "a page in the browser on which a video gets new sound"),
     "inspect": ("shards.inspect", "what a dataset holds: counts, failures by reason, sizes, provenance; one sample"),

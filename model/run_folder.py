@@ -164,12 +164,18 @@ def copy_weights(folder: str | os.PathLike, config: RunConfig) -> tuple[RunConfi
 
     Returns the configuration with the new paths, and a line for each file that could not be copied (absent here, or with another sha256).
     """
-    weights, problems = dict(config.weights), []
-    for name, reference in config.weights.items():
-        source = config.weights_path(folder, name)
-        if source is None:
+    weights, problems = copied_weights(folder, config.weights)
+    return replace(config, weights=weights), problems
+
+
+def copied_weights(folder: str | os.PathLike, weights: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """`copy_weights` of references by name, whatever they are of. A file that serves for several is copied once."""
+    copied, problems, copies = {name: dict(reference) for name, reference in weights.items()}, [], {}
+    for name, reference in weights.items():
+        if reference.get("path") is None:
             continue
-        copy = Path(folder) / "weights" / f"{name}{source.suffix}"
+        source = Path(folder).absolute() / reference["path"]
+        copy = copies.setdefault(reference.get("sha256"), Path(folder) / "weights" / f"{name}{source.suffix}")
         if not _holds(copy, reference):
             if not _holds(source, reference):
                 problems.append(f"{name}: {source} is {'another file than the dataset was made with' if source.is_file() else 'not here'}")
@@ -177,8 +183,8 @@ def copy_weights(folder: str | os.PathLike, config: RunConfig) -> tuple[RunConfi
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy.with_name(f".{copy.name}.tmp"))
             os.replace(copy.with_name(f".{copy.name}.tmp"), copy)
-        weights[name] = {**reference, "path": str(copy.relative_to(folder))}
-    return replace(config, weights=weights), problems
+        copied[name]["path"] = str(copy.relative_to(folder))
+    return copied, problems
 
 
 def _holds(path: Path, reference: Mapping[str, Any]) -> bool:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from model.motion_tower import MotionTower
 from model.segments import OFFSET, OFFSET_CLASSES, SYNCHRONISABLE
-from model.synchformer_audio import AudioTower, audio_config, new_audio_tower
-from model.synchformer_visual import VisualTower, new_tower, tower_config
-from model.weights import load_state, load_strictly, resolve, save_state
+from model.synchformer_audio import AudioTower, audio_config, load_audio_tower, new_audio_tower
+from model.synchformer_visual import VisualTower, load_tower, new_tower, tower_config
+from model.weights import load_state, load_strictly, resolve, save_state, sha256_file
 
 Head = Literal["offset", "synchronisable"]
 KIND = "synchformer"
+MODULE_KIND = "synchformer_module"
+"""Of a file that holds what is above the towers, and says which files hold those."""
 POSITIONS = "transformer.pos_emb_cfg.pos_emb"
 INIT_STD = 0.02
 
@@ -221,12 +223,15 @@ def load_synchformer(
     """Both towers, the transformer and the head that the file has, for inference: ours, or the published stage II and III checkpoints (with the
     one that MMAudio publishes again).
 
-    `name_or_path` is a file or the name of published weights in the cache. `segments` is how many segments the network shall compare
-    (by default as many as the file's configuration says, published: 14 for offsets, 13 for synchronisability): positions of the file beyond
-    them are left out, as published. Raises ValueError, with the names, if the file does not hold exactly this network.
+    `name_or_path` is a file, the name of published weights in the cache, or a run folder of `soundshard train.sync`. `segments` is how many
+    segments the network shall compare (by default as many as the file's configuration says, published: 14 for offsets, 13 for
+    synchronisability): positions of the file beyond them are left out, as published. Raises ValueError, with the names, if the file does not
+    hold exactly this network.
     """
-    path = resolve(name_or_path)
+    path = sync_weights(name_or_path)
     tensors, stored = load_state(path)
+    if stored is not None and stored.get("kind") == MODULE_KIND:
+        tensors, stored = _with_towers(tensors, stored, source=path)
     if stored is None:
         stored = {"kind": KIND, "visual": None, "audio": None, "sync": _published_settings(tensors, source=path)}
     if stored.get("kind") != KIND:
@@ -237,6 +242,59 @@ def load_synchformer(
     model.to_empty(device=device)
     load_strictly(model, _trimmed(tensors, config.tokens, source=path), source=path)
     return model.to(device, dtype).requires_grad_(False).eval()
+
+
+def load_sync_module(
+    name_or_path: str | Path, *, head: Head | None = None, segments: int | None = None, device: str | torch.device = "cpu"
+) -> SyncModule:
+    """What is above the towers, in float32, to train it on or to run it on stored features: of the files that `load_synchformer` takes, without
+    loading towers.
+
+    With another `head` than the file's, the new one has random weights. `segments` as there.
+    """
+    path = sync_weights(name_or_path)
+    tensors, stored = load_state(path)
+    settings = _published_settings(tensors, source=path) if stored is None else stored.get("sync")
+    if settings is None:
+        raise ValueError(f"{path}: holds another kind of network; expected a Synchformer")
+    changes = {name: value for name, value in (("head", head), ("segments", segments)) if value is not None}
+    module = SyncModule(SyncConfig(**{**settings, **changes}))
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("vfeat_extractor.", "afeat_extractor."))}
+    if module.config.head != settings["head"]:
+        fresh = {name: tensor for name, tensor in module.state_dict().items() if name.startswith("transformer.") and "_head." in name}
+        own = {name: tensor for name, tensor in own.items() if "_head." not in name} | fresh
+    load_strictly(module, _trimmed(own, module.config.tokens, source=path), source=path)
+    return module.to(device)
+
+
+def sync_weights(name_or_path: str | Path) -> Path:
+    """The weights file of a name, a path, or a run folder (the best weights there, else the latest)."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return resolve(name_or_path)
+    for name in ("best", "model"):
+        if (folder / f"{name}.safetensors").is_file():
+            return folder / f"{name}.safetensors"
+    raise ValueError(f"{folder} has no best.safetensors or model.safetensors; expected a run folder of `soundshard train.sync`, or a weights file")
+
+
+def _with_towers(tensors: Mapping[str, Tensor], stored: Mapping[str, Any], *, source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration of the whole network, its towers from the files that the configuration names. ValueError where one is not there."""
+    whole = dict(tensors)
+    visual, audio = load_tower(_tower_file(stored, "visual", source)), load_audio_tower(_tower_file(stored, "audio", source))
+    for prefix, tower in (("vfeat_extractor.", visual), ("afeat_extractor.", audio)):
+        whole |= {f"{prefix}{name}": tensor for name, tensor in tower.state_dict().items()}
+    return whole, {"kind": KIND, "visual": tower_config(visual), "audio": audio_config(audio), "sync": stored["sync"]}
+
+
+def _tower_file(stored: Mapping[str, Any], kind: str, source: Path) -> Path:
+    reference = stored.get("towers", {}).get(kind, {})
+    path = source.parent / reference.get("path", "?")
+    if not path.is_file():
+        raise ValueError(f"{source}: holds no towers, and the {kind} tower's file {path} is not there; put it there, or train with copy_weights=true")
+    if sha256_file(path) != reference.get("sha256"):
+        raise ValueError(f"{path} is another file than {source} was trained with (sha256 {reference.get('sha256')}); put that one there")
+    return path
 
 
 def _published_settings(tensors: Mapping[str, Tensor], *, source: Path) -> dict[str, Any]:

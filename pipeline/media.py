@@ -1,7 +1,11 @@
 """Media in and out, in one place to import from: `decode.py` reads clips onto their clock, `encode.py` writes them, storage hands them over."""
 
+import numpy as np
+from jaxtyping import Float32, UInt8
+
 from configs import storage
 from configs.storage import StorageError
+from model.segments import SAMPLE_RATE_HZ
 from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip, picture_pieces, video_frames
 from pipeline.encode import (
     EncodeConfig,
@@ -36,6 +40,7 @@ __all__ = [
     "open_clip",
     "picture_pieces",
     "reencode",
+    "training_clip",
     "transcode_original",
     "video_frames",
     "wav_format",
@@ -54,3 +59,12 @@ def fetched(source: str) -> str | bytes:
         raise MediaError("missing", f"{source} is not there") from error
     except StorageError as error:
         raise MediaError("io", str(error)) from error
+
+
+def training_clip(data: bytes) -> tuple[UInt8[np.ndarray, "frames height width 3"], Float32[np.ndarray, "samples"]]:
+    """A media shard's clip as Synchformer is trained on it: pictures at 25 fps and one channel of sound at 16 kHz, both from time 0.
+
+    In the caller's process: what is in a media shard was written by this project. Raises MediaError for what cannot be decoded.
+    """
+    clip = decode(data, sample_rate_hz=SAMPLE_RATE_HZ, channels=1)
+    return clip.frames, clip.audio[0]

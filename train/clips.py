@@ -28,6 +28,7 @@ from model.segments import (
     SAMPLE_RATE_HZ,
     SAMPLES_PER_FRAME,
     SEGMENT_SAMPLES,
+    SYNC_CLASS,
     Cut,
     SegmentGrid,
     cut_at,
@@ -66,7 +67,10 @@ class ContrastClip:
     longest_seconds: float = LONGEST_SECONDS
 
     def __call__(self, mp4: bytes, key: str, seed: int) -> dict[str, Tensor]:  # noqa: ARG002 - examples of all kinds are made from the same
-        """`pixels` uint8 [segments, 16, size, size, 3] and `sound` float32 [segments, 10240]. SkipClip for a clip that is too short."""
+        """`pixels` uint8 [segments, 16, size, size, 3], `sound` float32 [segments, 10240] and `target` int64 [], which is always "in sync".
+
+        SkipClip for a clip that is too short.
+        """
         rng, span = random.Random(seed), self.grid.span_frames
         frames, sound = opened(self.decode(mp4), self.longest_seconds)
         spare = len(frames) - span
@@ -77,7 +81,8 @@ class ContrastClip:
             start_frame = rng.randint(0, spare)
             reach = min(index_at(self.jitter_seconds, SAMPLE_RATE_HZ), min(start_frame, spare - start_frame) * SAMPLES_PER_FRAME)
             jitter = rng.randint(-reach, reach)
-        return _segments(frames, sound, start_frame, start_frame * SAMPLES_PER_FRAME + jitter, self.grid, self.size, self.augment, rng)
+        example = _segments(frames, sound, start_frame, start_frame * SAMPLES_PER_FRAME + jitter, self.grid, self.size, self.augment, rng)
+        return {**example, "target": torch.tensor(SYNC_CLASS)}
 
 
 @dataclass(frozen=True)

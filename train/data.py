@@ -1,21 +1,23 @@
-"""What Lightning iterates over: the feature stream without worker processes, and how long training waited for it.
+"""What Lightning iterates over: a stream of samples without worker processes of Lightning's, and how long training waited for it.
 
-Knows `shards.stream` and Lightning's rules for loaders. Knows no model; a batch is features and codes.
+Knows `shards.samples` and Lightning's rules for loaders. Knows no model; a batch is tensors, and how many samples of it count.
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float16, Int64
+from jaxtyping import Bool, Float16, Float32, Int64, UInt8
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from shards.pairs import PairBatch
 from shards.read import Index
+from shards.samples import SampleConfig, SampleStream
 from shards.stream import FeatureStream, StreamConfig
 from shards.windows import Batch
 from train.sharding import ShardedStrategy
@@ -52,25 +54,54 @@ class Windows(NamedTuple):
         return cls(batch["features"], batch["codes"], batch.get("segment_mask"), batch.get("step_mask"), samples)
 
 
+class Pairs(NamedTuple):
+    """A rank's share of a batch: both towers' features of the same segments, and what is to be said of them."""
+
+    visual: Float16[Tensor, "b segments 8 visual_width"]
+    audio: Float16[Tensor, "b segments tokens audio_width"]
+    target: Int64[Tensor, "b"]
+    samples: int = 0
+
+    @classmethod
+    def of(cls, batch: PairBatch, *, counts: bool = True) -> "Pairs":
+        return cls(batch["visual"], batch["audio"], batch["target"], len(batch["target"]) if counts else 0)
+
+
+class Clips(NamedTuple):
+    """A rank's share of a batch: pictures and sound of segments, as bytes and waves, and what is to be said of them."""
+
+    pixels: UInt8[Tensor, "b segments frames size size 3"]
+    sound: Float32[Tensor, "b segments length"]
+    target: Int64[Tensor, "b"]
+    samples: int = 0
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], *, counts: bool = True) -> "Clips":
+        pixels = batch["pixels"]
+        # Where segments' places are the same in both, there is nothing to be said of them.
+        target = batch.get("target", torch.zeros(len(pixels), dtype=torch.int64))
+        return cls(pixels, batch["sound"], target, len(pixels) if counts else 0)
+
+
 class TrainLoader:
     """The endless training stream. Lightning saves and restores its state with its own checkpoints."""
 
-    def __init__(self, stream: FeatureStream, device: torch.device) -> None:
-        self._stream, self._device = stream, device
+    def __init__(self, stream: SampleStream, of: Callable[..., Any], device: torch.device) -> None:
+        self._stream, self._of, self._device = stream, of, device
         self._waits: list[tuple[float, torch.cuda.Event | None, torch.cuda.Event | None]] = []
 
     def __len__(self) -> int:
         return ENDLESS
 
-    def __iter__(self) -> Iterator[Windows]:
+    def __iter__(self) -> Iterator[Any]:
         with closing(self._endless()) as batches:
             while True:
                 idle, began = self._mark(), time.perf_counter()
                 batch = next(batches)
                 self._waits.append((time.perf_counter() - began, idle, self._mark()))
-                yield Windows.of(batch)
+                yield self._of(batch)
 
-    def _endless(self) -> Generator[Batch, None, None]:
+    def _endless(self) -> Generator[Any, None, None]:
         """Epoch after epoch, where the stream ends with each."""
         while True:
             yield from self._stream
@@ -104,53 +135,75 @@ class ValidationLoader:
     more, ends with batches of that one, which do not count.
     """
 
-    def __init__(self, stream: FeatureStream, first: FeatureStream | None = None) -> None:
-        self._stream, self._first = stream, first
+    def __init__(self, stream: SampleStream, of: Callable[..., Any], first: SampleStream | None = None) -> None:
+        self._stream, self._of, self._first = stream, of, first
 
-    def __iter__(self) -> Iterator[Windows]:
-        yield from map(Windows.of, self._stream)
+    def __iter__(self) -> Iterator[Any]:
+        yield from map(self._of, self._stream)
         if self._first is not None:
             missing = self._first.steps_per_epoch - self._stream.steps_per_epoch
             for batch in islice(self._first, missing):
-                yield Windows.of(batch, counts=False)
+                yield self._of(batch, counts=False)
 
 
-class FeatureData(LightningDataModule):
-    """Feature shards for Lightning, of one dataset or several. Which samples a rank reads is decided here, from the trainer's ranks, whatever
-    launched them. The datasets' weights are for training; validation is one pass over all there is."""
+Opener = Callable[[int, int], SampleStream]
+"""(rank, how many ranks there are) -> that rank's stream."""
 
-    def __init__(self, train: Sequence[Index], validation: Sequence[Index], stream: StreamConfig, *, accumulate: int) -> None:
+
+class StreamData(LightningDataModule):
+    """Streams for Lightning. Which samples a rank reads is decided here, from the trainer's ranks, whatever launched them."""
+
+    def __init__(self, train: Opener, validation: Opener | None, of: Callable[..., Any]) -> None:
         super().__init__()
-        self._train, self._validation = train, validation
-        if stream.batch_size % accumulate:
-            raise ValueError(f"stream.batch_size={stream.batch_size} cannot be cut into trainer.accumulate={accumulate} equal parts")
-        self._stream = replace(stream, batch_size=stream.batch_size // accumulate)
+        self._train, self._validation, self._of = train, validation, of
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self._attached()
-        stream = FeatureStream(self._train, self._stream, trainer.global_rank, trainer.world_size)
+        stream = self._train(trainer.global_rank, trainer.world_size)
         tell(trainer, stream, "training")
-        return TrainLoader(stream, trainer.strategy.root_device)
+        return TrainLoader(stream, self._of, trainer.strategy.root_device)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         trainer = self._attached()
-        if not self._validation:
+        if self._validation is None:
             return []
-        config = replace(self._stream, weights=None)
-        stream = FeatureStream(self._validation, config, trainer.global_rank, trainer.world_size, shuffle=False)
+        stream = self._validation(trainer.global_rank, trainer.world_size)
         tell(trainer, stream, "validation")
-        first = (
-            FeatureStream(self._validation, config, 0, trainer.world_size, shuffle=False) if isinstance(trainer.strategy, ShardedStrategy) else None
-        )
-        return ValidationLoader(stream, first)
+        first = self._validation(0, trainer.world_size) if isinstance(trainer.strategy, ShardedStrategy) else None
+        return ValidationLoader(stream, self._of, first)
 
     def _attached(self) -> Any:
         assert self.trainer is not None
         return self.trainer
 
 
-def tell(trainer: Any, stream: FeatureStream, split: str) -> None:
-    """Say what became of clips shorter than a window, if there are any."""
-    for clips, what in ((stream.skipped, "left out (stream.short_clips=pad takes them)"), (stream.padded, "padded")):
+Config = TypeVar("Config", bound=SampleConfig)
+
+
+def share_of(stream: Config, accumulate: int) -> Config:
+    """The stream of a backward pass, of which a step has `accumulate`. Raises ValueError where a batch cannot be cut so."""
+    if stream.batch_size % accumulate:
+        raise ValueError(f"stream.batch_size={stream.batch_size} cannot be cut into trainer.accumulate={accumulate} equal parts")
+    return replace(stream, batch_size=stream.batch_size // accumulate)
+
+
+def feature_data(train: Sequence[Index], validation: Sequence[Index], stream: StreamConfig, *, accumulate: int) -> StreamData:
+    """Windows of feature shards, of one dataset or several. The datasets' weights are for training; validation is one pass over all there is."""
+    stream = share_of(stream, accumulate)
+
+    def opened(rank: int, world: int) -> FeatureStream:
+        return FeatureStream(train, stream, rank, world)
+
+    def validated(rank: int, world: int) -> FeatureStream:
+        return FeatureStream(validation, replace(stream, weights=None), rank, world, shuffle=False)
+
+    return StreamData(opened, validated if validation else None, Windows.of)
+
+
+def tell(trainer: Any, stream: SampleStream, split: str) -> None:
+    """Say what became of clips shorter than a sample, if there are any."""
+    padded = stream.padded if isinstance(stream, FeatureStream) else 0
+    advice = " (stream.short_clips=pad takes them)" if isinstance(stream, FeatureStream) else ""
+    for clips, what in ((stream.skipped, f"left out{advice}"), (padded, "padded")):
         if clips and trainer.is_global_zero:
             print(f"data   {clips} {split} clips are shorter than a window and {what}", flush=True)

@@ -20,15 +20,16 @@ from model.run_folder import RunConfig, copy_weights, read_config, weights_refer
 from model.vaura import Vaura, VauraConfig, forward_flops
 from shards.read import Index
 from shards.stream import check_alike
-from train.averages import Averages, EmaConfig
-from train.callbacks import Cadence, Checkpoints, Figures, Metrics, Stopped
+from train.averages import EmaConfig
+from train.callbacks import Figures
 from train.codec import Embeddings, find_codec, start_embeddings
-from train.data import FeatureData, StreamOptions, Windows
+from train.data import StreamOptions, Windows, feature_data
+from train.fit import Fit, prepare_fit
 from train.module import TrainingModule
 from train.optim import OptimiserConfig, ScheduleConfig
 from train.previews import PreviewConfig, Previews
 from train.sharding import ShardedStrategy, shard
-from train.trainer import TrainerConfig, build_trainer, find_start, is_first, quieten_lightning, say, step_options
+from train.trainer import TrainerConfig, find_start, say, step_options
 
 
 @dataclass(frozen=True)
@@ -107,50 +108,30 @@ def run(config: TrainConfig) -> Path:
     if start.step >= config.trainer.max_steps:
         say(f"{folder} is finished: step {start.step} of trainer.max_steps={config.trainer.max_steps}; a larger trainer.max_steps goes on")
         return folder
-    torch.set_float32_matmul_precision("high")
-    quieten_lightning()
-    module = VauraModule(described, config)
-    begin = start_embeddings(module.model, config.embeddings, folder, described) if start.checkpoint is None else f"resumes at step {start.step}"
-    cadence = config.trainer.cadence(validates=bool(validation))
     window_steps, tokens = described.codec_clock.steps_in(config.stream.segments), described.model.window_tokens
-    metrics = Metrics(
+    fit = prepare_fit(
         folder,
-        cadence,
+        config.trainer,
+        config.ema,
+        start,
         Figures(tuple(f"loss_codebook_{k}" for k in range(described.model.codebooks)), parts="per_codebook"),
+        VauraFiles(folder, described, copies_weights=config.copy_weights),
+        validates=bool(validation),
         batch_size=config.stream.batch_size,
         sample_flops=3 * forward_flops(described.model, window_steps + described.model.codebooks - 1, tokens),
-        start_step=start.step,
-        bar=config.trainer.progress,
     )
-    averages = Averages(config.ema)
-    previews = build_previews(config, folder, described, validation, averages, cadence, metrics)
-    checkpoints = Checkpoints(folder, cadence, metrics, averages, VauraFiles(folder, described, copies_weights=config.copy_weights))
-    # In this order: validation's weights are put back, its loss is known, its clips are made, and then it is saved.
-    callbacks = [averages, metrics, *previews, checkpoints]
-    trainer = build_trainer(config.trainer, folder, callbacks, start_step=start.step, validates=cadence.validate_every > 0)
-    data = FeatureData(train, validation, config.stream, accumulate=config.trainer.accumulate)
+    module = VauraModule(described, config)
+    begin = start_embeddings(module.model, config.embeddings, folder, described) if start.checkpoint is None else f"resumes at step {start.step}"
+    previews = build_previews(config, folder, described, validation, fit)
+    data = feature_data(train, validation, config.stream, accumulate=config.trainer.accumulate)
     say(describe(config, described, train, validation, module, begin))
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    except Stopped:
-        # The first process alone reports it; Lightning would take another's status for a crash and kill the rest.
-        if is_first():
-            raise KeyboardInterrupt from None
-    else:
-        best = f", smallest validation loss {metrics.best:.4f}" if math.isfinite(metrics.best) else ""
-        say(f"{folder} is finished: step {config.trainer.max_steps}{best}; `soundshard generate run={folder}` uses it")
+    fit.run(module, data, [*previews])
+    best = f", smallest validation loss {fit.metrics.best:.4f}" if math.isfinite(fit.metrics.best) else ""
+    say(f"{folder} is finished: step {config.trainer.max_steps}{best}; `soundshard generate run={folder}` uses it")
     return folder
 
 
-def build_previews(
-    config: TrainConfig,
-    folder: Path,
-    described: RunConfig,
-    validation: list[Index],
-    averages: Averages,
-    cadence: Cadence,
-    metrics: Metrics,
-) -> list[Previews]:
+def build_previews(config: TrainConfig, folder: Path, described: RunConfig, validation: list[Index], fit: Fit) -> list[Previews]:
     """What generates clips at validation, if it is asked for. ValueError where it cannot."""
     if config.preview.clips == 0:
         return []
@@ -162,8 +143,8 @@ def build_previews(
             f"preview.clips={config.preview.clips}: the codec's weights are needed to hear what is generated, and {why}; put the file there "
             "(`soundshard weights` fetches published ones), or give preview.clips=0"
         )
-    stopwatch = metrics.stopwatch
-    return [Previews(folder, config.preview, described, averages, cadence, stopwatch, validation=validation, stream=config.stream, codec=codec)]
+    watch = fit.metrics.stopwatch
+    return [Previews(folder, config.preview, described, fit.averages, fit.cadence, watch, validation=validation, stream=config.stream, codec=codec)]
 
 
 def open_validation(config: TrainConfig) -> list[Index]:
@@ -177,6 +158,8 @@ def open_validation(config: TrainConfig) -> list[Index]:
 def derive_model(options: ModelOptions, spec: dict[str, Any], segments: int) -> VauraConfig:
     """The decoder's configuration: the options, and what the dataset's spec decides. Raises ValueError where an option contradicts the dataset."""
     codec = spec["codec"]
+    if codec is None:
+        raise ValueError("the dataset holds features without codec tokens (codec.name=none); V-AURA learns tokens: featurise the clips with a codec")
     clock = CodecClock(codec["sample_rate_hz"], codec["hop_samples"])
     steps_per_token = clock.rate * SEGMENT_FRAMES / SEGMENT_TOKENS / FRAME_RATE_HZ
     derived = {

@@ -24,7 +24,7 @@ from shards.read import Index
 from shards.stream import FeatureStream, StreamConfig
 from tests.benchmarks.streaming_sets import SEGMENTS, Shape, written
 from train.callbacks import read_metrics
-from train.data import TrainLoader
+from train.data import TrainLoader, Windows
 from train.trainer import TrainerConfig, build_trainer, quieten_lightning
 from train.vaura import TrainConfig, run
 
@@ -100,7 +100,7 @@ def empty_steps(data: Path, folder: Path, prefetch: int, seconds: float, bare_ra
     steps = max(50, int(0.2 * seconds * bare_rate / READ_BATCH))
     config = TrainerConfig(max_steps=steps, accelerator="cpu", devices=1, log_every=10_000, progress=False)
     trainer = build_trainer(config, folder, [], start_step=0, validates=False)
-    loader = TrainLoader(stream(data, prefetch), torch.device("cpu"))
+    loader = TrainLoader(stream(data, prefetch), Windows.of, torch.device("cpu"))
     began = time.perf_counter()
     trainer.fit(Empty(), train_dataloaders=loader)
     wall = time.perf_counter() - began
