@@ -20,12 +20,12 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from jaxtyping import Float16
 
 from configs import storage
 from configs.load import JobError, job_main, to_plain
-from model.codecs import Codec
 from pipeline.discover import Clip, DiscoverConfig, discover
-from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, find_weights, open_codec
+from pipeline.features import Decoded, FeatureOptions, Features, Featuriser, Listener, find_weights, sound_segments
 from pipeline.isolate import Child, Limits, peak_bytes
 from pipeline.media import EncodeConfig, EncodedClip, MediaError, decode, fetched, reencode
 
@@ -105,6 +105,14 @@ class Rates:
     versions: dict[str, str]
     options: dict[str, Any]
     """The resolved options of the measurement."""
+    audio: Cost = field(default_factory=lambda: Cost(0.0, 0.0))
+    """Run the audio tower over all segments of a clip's sound; nothing where its features are not stored."""
+
+    @property
+    def networks(self) -> Cost:
+        """Towers and codec together."""
+        parts = (self.tower, self.audio, self.codec)
+        return Cost(sum(part.wall_seconds for part in parts), sum(part.cpu_seconds for part in parts))
 
 
 def run(config: BenchPrepareConfig) -> Rates:
@@ -132,27 +140,33 @@ def measure(sample: Sequence[Clip], config: BenchPrepareConfig) -> Rates:
     if not stored:
         raise JobError(f"none of the {len(sample)} clips of the sample could be re-encoded ({dict(reasons)}); give other clips")
     decoder_process_bytes = isolated_bytes(stored[0], config.encode)
-    featuriser = Featuriser(config, with_codec=False)
-    codec = open_codec(config.codec).to(featuriser.device)
-    _networks_once(featuriser, codec, stored[0])  # libraries load, and torch.compile compiles, outside the measured time
+    featuriser = Featuriser(config)
+    _networks_once(featuriser, stored[0])  # libraries load, and torch.compile compiles, outside the measured time
     actor_process_bytes = resident_bytes()
-    decoding, tower, coding, features, frame_bytes = Stopwatch(), Stopwatch(), Stopwatch(), 0, 0
-    segments = 0
+    decoding, tower, listening, coding = Stopwatch(), Stopwatch(), Stopwatch(), Stopwatch()
+    features = frame_bytes = segments = 0
     for start in range(0, len(stored), config.chunk_clips):  # as many at a time as one call of a featurising process takes
         chunk = []
         for clip in stored[start : start + config.chunk_clips]:
             with decoding.running():
-                decoded = decode(clip.mp4, sample_rate_hz=codec.sample_rate_hz, channels=codec.channels)
-            chunk.append(Decoded(decoded.frames, decoded.audio))
-            frame_bytes += decoded.frames.nbytes
+                chunk.append(_decoded(featuriser, clip))
+            frame_bytes += chunk[-1].frames.nbytes
+        pictures = [Decoded(clip.frames, None) for clip in chunk]
         with tower.running():
-            found = [result for _, result in featuriser.run(range(len(chunk)), chunk.__getitem__)]
+            found = [result for _, result in featuriser.run(range(len(chunk)), pictures.__getitem__)]
         for clip, result in zip(chunk, found, strict=True):
             assert isinstance(result, Features), "a stored clip has at least one segment"
-            with coding.running():
-                codes = encode_sound(codec, clip.sound, featuriser.device)
+            arrays = [result.avclip]
+            if featuriser.codec is not None:
+                with coding.running():
+                    codes = featuriser.encode(clip.sound)
+                assert codes is not None
+                arrays.append(codes)
+            if featuriser.listener is not None:
+                with listening.running():
+                    arrays.append(hear(featuriser.listener, clip))
             segments += result.avclip.shape[0] * result.avclip.shape[1]
-            features += tar_bytes(result.avclip.nbytes + NPY_HEADER_BYTES) + tar_bytes(codes.nbytes + NPY_HEADER_BYTES) + TAR_BLOCK_BYTES * 2
+            features += sum(tar_bytes(array.nbytes + NPY_HEADER_BYTES) for array in arrays) + TAR_BLOCK_BYTES * 2
     good, on_gpu = len(stored), featuriser.device.type == "cuda"
     return Rates(
         clips=len(sample),
@@ -179,6 +193,7 @@ def measure(sample: Sequence[Clip], config: BenchPrepareConfig) -> Rates:
         cpus=len(os.sched_getaffinity(0)),
         versions={"python": platform.python_version(), "av": av.__version__, "torch": torch.__version__},
         options=to_plain(config),
+        audio=listening.cost.over(good),
     )
 
 
@@ -218,18 +233,22 @@ def encode_all(sample: Sequence[Clip], config: EncodeConfig) -> tuple[list[Encod
     return good, plain, fused, reasons
 
 
-@torch.inference_mode()
-def encode_sound(codec: Codec, sound: np.ndarray | None, device: torch.device) -> np.ndarray:
-    """Codes [codebooks, steps] of one clip's sound, on the host."""
-    assert sound is not None
-    wave = torch.from_numpy(np.ascontiguousarray(sound)).to(device)
-    return codec.encode(wave.unsqueeze(0))[0].to("cpu").numpy().astype(np.uint16)
+def hear(listener: Listener, clip: Decoded) -> Float16[np.ndarray, "segments tokens width"]:
+    """The audio tower over one clip's sound, in batches, on the host."""
+    assert clip.heard is not None
+    segments = torch.from_numpy(sound_segments(clip.heard, len(clip.frames), listener.options.hop_samples).copy())
+    return torch.cat([listener(part) for part in segments.split(listener.options.batch_segments)]).to("cpu", torch.float16).numpy()
 
 
-def _networks_once(featuriser: Featuriser, codec: Codec, clip: EncodedClip) -> None:
-    decoded = decode(clip.mp4, sample_rate_hz=codec.sample_rate_hz, channels=codec.channels)
-    list(featuriser.run([clip], lambda _: Decoded(decoded.frames, decoded.audio)))
-    encode_sound(codec, decoded.audio, featuriser.device)
+def _decoded(featuriser: Featuriser, clip: EncodedClip) -> Decoded:
+    rate, channels = featuriser.decode_rates() or (None, None)
+    decoded = decode(clip.mp4, sample_rate_hz=rate, channels=channels, mono_rate_hz=featuriser.heard_rate_hz())
+    return Decoded(decoded.frames, decoded.audio, heard=decoded.mono)
+
+
+def _networks_once(featuriser: Featuriser, clip: EncodedClip) -> None:
+    decoded = _decoded(featuriser, clip)
+    list(featuriser.run([clip], lambda _: decoded))
 
 
 def tar_bytes(size: int) -> int:
@@ -272,8 +291,9 @@ def table(rates: Rates) -> str:
     for name, cost in (("re-encode", rates.reencode), ("re-encode, fused", rates.reencode_fused), ("decode", rates.decode)):
         lines.append(_line(name, cost, cost.cpu_seconds, "core"))
     unit = "GPU" if on_gpu else "core"
-    for name, cost in (("tower", rates.tower), ("codec", rates.codec)):
-        lines.append(_line(name, cost, cost.wall_seconds if on_gpu else cost.cpu_seconds, unit))
+    for name, cost in (("tower", rates.tower), ("audio tower", rates.audio), ("codec", rates.codec)):
+        if cost.wall_seconds:
+            lines.append(_line(name, cost, cost.wall_seconds if on_gpu else cost.cpu_seconds, unit))
     tower_seconds = rates.tower.wall_seconds if on_gpu else rates.tower.cpu_seconds
     lines.append(f"tower: {rates.segments:.1f} segments a clip, {rates.segments / tower_seconds:.2f} segments/s per {unit}")
     lines.append(
@@ -291,7 +311,7 @@ def read_rates(path: str) -> Rates:
     try:
         given = json.loads(storage.read_bytes(path))
         costs = {name: Cost(**given[name]) for name in ("reencode", "reencode_fused", "decode", "tower", "codec")}
-        return Rates(**{**given, **costs})
+        return Rates(**{**given, **costs, "audio": Cost(**given.get("audio", {"wall_seconds": 0.0, "cpu_seconds": 0.0}))})
     except FileNotFoundError as error:
         raise ValueError(f"rates is {path!r}, and there is no such file; `soundshard bench-prepare source=SAMPLE out={path}` makes it") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

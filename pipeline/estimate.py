@@ -200,8 +200,8 @@ def estimate(clips: int, rates: Rates, cluster: Cluster, *, clips_per_shard: int
     check_devices(rates, cluster)
     on_gpu = rates.device == "cuda"
     good = clips * (1 - rates.failed / rates.clips)
-    gpu_seconds = rates.tower.wall_seconds + rates.codec.wall_seconds if on_gpu else 0.0  # of one GPU, for a clip
-    network_cpu = rates.tower.cpu_seconds + rates.codec.cpu_seconds  # on a GPU: cropping, copying and starting kernels
+    gpu_seconds = rates.networks.wall_seconds if on_gpu else 0.0  # of one GPU, for a clip
+    network_cpu = rates.networks.cpu_seconds  # on a GPU: cropping, copying and starting kernels
     actor_cpus = sum(group.count * group.cpus for group in cluster.nodes if group.gpus) if on_gpu else cluster.cpus
     threads = decode_threads(rates, cluster)
     # Decoding threads and the networks' own work are all that an actor's machine does while it featurises.
@@ -266,7 +266,7 @@ def decode_threads(rates: Rates, cluster: Cluster) -> int:
     """Decoding threads for each GPU so that decoding keeps ahead of it, as far as its machine has processors; 1 without GPUs."""
     if rates.device != "cuda":
         return 1
-    wanted = math.ceil(rates.decode.cpu_seconds / (rates.tower.wall_seconds + rates.codec.wall_seconds))
+    wanted = math.ceil(rates.decode.cpu_seconds / rates.networks.wall_seconds)
     return max(1, min(wanted, *(group.cpus // group.gpus for group in cluster.nodes if group.gpus)))
 
 
@@ -331,6 +331,7 @@ def assumptions(rates: Rates, cluster: Cluster) -> list[str]:
         "processors are as fast, with all of them busy, and the sample is like the dataset",
         f"tower at {rates.options['tower']['precision']}, {rates.options['views']} views, hop_frames={rates.options['hop_frames']}, "
         f"batches of {rates.options['tower']['batch_segments']} segments, x264 preset {rates.options['encode']['preset']}",
+        *([f"features of the sound every {audio['hop_samples']} samples"] if (audio := rates.options.get("audio", {})).get("weights") else []),
         "reading, computing and writing overlap completely; no machine fails; starting Ray, listing the clips and Ray's own work are not counted",
         "the machine that writes a shard receives its clips from those that encoded them; nothing else crosses the network twice",
         f"{QUEUED_PER_WORKER} clips in flight for each worker (in_flight=0), and at most {MAX_PARTIAL_BATCHES:.0%} of the segments in part batches",

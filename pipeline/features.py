@@ -29,6 +29,7 @@ from pipeline.media import MediaError
 from pipeline.views import Crop, view_crop
 
 T = TypeVar("T")
+U = TypeVar("U")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_CODEC = "none"
 AUDIO_MEMBER = "avclip_audio.npy"
@@ -259,7 +260,7 @@ class Featuriser:
                 else:
                     crops = [view_crop(self._key(item), view, height, width, size) for view in range(self.options.views)]
                     sounds = self._sounds(decoded)
-                    clip = _Open(item, decoded, crops, self._encode(decoded.sound), sounds, _Rows(segments * len(crops)), _Rows(len(sounds)))
+                    clip = _Open(item, decoded, crops, self.encode(decoded.sound), sounds, _Rows(segments * len(crops)), _Rows(len(sounds)))
                     queue.append(clip)
                     pending.extend((clip, view, segment) for view in range(len(crops)) for segment in range(segments))
                     unheard.extend((clip, segment) for segment in range(len(sounds)))
@@ -322,7 +323,8 @@ class Featuriser:
             clip.heard.add(features)
 
     @torch.inference_mode()
-    def _encode(self, sound: np.ndarray | None) -> UInt16[np.ndarray, "codebooks steps"] | None:
+    def encode(self, sound: np.ndarray | None) -> UInt16[np.ndarray, "codebooks steps"] | None:
+        """The codec's tokens of one clip's sound; None without a codec or a sound."""
         if self.codec is None or sound is None:
             return None
         with self._busy("codec"):
@@ -412,9 +414,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def ahead(items: Iterable[T], work: Callable[[T], Decoded], *, threads: int, limit: int) -> Iterator[tuple[T, Decoded | MediaError]]:
+def ahead(items: Iterable[T], work: Callable[[T], U], *, threads: int, limit: int) -> Iterator[tuple[T, U | MediaError]]:
     """`work` of every item in a few threads, at most `limit` results ahead of the consumer; results come in the items' order."""
-    results: deque[tuple[T, Future[Decoded]]] = deque()
+    results: deque[tuple[T, Future[U]]] = deque()
     source = iter(items)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
@@ -425,7 +427,7 @@ def ahead(items: Iterable[T], work: Callable[[T], Decoded], *, threads: int, lim
                     return
                 item, future = results.popleft()
                 try:
-                    outcome: Decoded | MediaError = future.result()
+                    outcome: U | MediaError = future.result()
                 except MediaError as error:
                     outcome = error
                 yield item, outcome

@@ -113,10 +113,7 @@ class FeaturiseActor(UnitActor):
 
 
 def feature_entry(clip: Clip, features: Features | MediaError, featuriser: Featuriser) -> Entry:
-    """The ledger row and, for a good clip, the members `KEY.avclip.npy`, `KEY.<codec>.npy`, `KEY.avclip_audio.npy` and `KEY.json`.
-
-    The sound's features, the largest, come after what V-AURA's training reads in one go.
-    """
+    """The ledger row and, for a good clip, the members `KEY.avclip.npy`, `KEY.<codec>.npy`, `KEY.avclip_audio.npy` and `KEY.json`."""
     if isinstance(features, MediaError):
         return failed_entry(clip, features.reason, features.message)
     described = {

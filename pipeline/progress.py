@@ -38,7 +38,7 @@ class Tick:
     failures: tuple[tuple[str, str, str], ...] = ()
     """(key, reason, message) of those among them that failed."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Busy seconds by kind of work: read, decode, encode, tower, codec, write."""
+    """Busy seconds by kind of work: read, decode, encode, tower, audio, codec, write."""
     bytes: int = 0
     """Written."""
     node: str = ""

@@ -18,9 +18,10 @@ from pipeline.page import Figure, document, figures_html, round_range, ticks
 from pipeline.progress import Bucket, NodeWork, Snapshot, duration_text, rate_text, size_text
 from shards.dataset import leaves
 
-WORKS = ("read", "decode", "encode", "tower", "codec", "write")
+WORKS = ("read", "decode", "encode", "tower", "audio", "codec", "write")
 """Kinds of work, in the order of a clip's way."""
-NETWORK_WORKS = ("tower", "codec")
+NETWORK_WORKS = {"tower": "tower", "audio": "audio tower", "codec": "codec"}
+"""Those of networks, and what does them."""
 PASSING = ("crashed", "io", "missing", "out_of_memory", "timeout", "unreadable")
 """Reasons that may be gone when a clip is tried again."""
 COLUMNS = 120
@@ -190,7 +191,9 @@ def _figures(stage: StageReport) -> list[Figure]:
     if stage.network_busy is not None:
         gpu = stage.device.startswith("cuda")
         whose = _count(stage.actors, "GPU process" if gpu else "network process", "es")
-        found.append(Figure(_share_text(stage.network_busy), f"{'GPU' if gpu else 'networks'} busy: tower and codec in the time of {whose}"))
+        names = [name for work, name in NETWORK_WORKS.items() if work != "audio" or stage.snapshot.busy_seconds.get(work)]
+        which = f"{', '.join(names[:-1])} and {names[-1]}"
+        found.append(Figure(_share_text(stage.network_busy), f"{'GPU' if gpu else 'networks'} busy: {which} in the time of {whose}"))
     if stage.restarted:
         found.append(Figure(f"{stage.restarted:,}", "pieces of work started again after a process or machine was lost"))
     return found
@@ -384,8 +387,9 @@ def _text(text: str) -> str:
 
 
 STYLE = """
-:root{--read:#c9a227;--decode:#2c6e8f;--encode:#b4552d;--tower:#6a4c93;--codec:#3f8f6b;--write:#7a8290;--bad:#c62f3b;--good:#3b7f5c;--rest:#e8e4dd}
-@media(prefers-color-scheme:dark){:root{--read:#e3c14f;--decode:#6fc0e6;--encode:#f0905f;--tower:#b197dd;--codec:#71c7a0;--write:#a4acb9;
+:root{--read:#c9a227;--decode:#2c6e8f;--encode:#b4552d;--tower:#6a4c93;--audio:#a8527f;--codec:#3f8f6b;--write:#7a8290;
+--bad:#c62f3b;--good:#3b7f5c;--rest:#e8e4dd}
+@media(prefers-color-scheme:dark){:root{--read:#e3c14f;--decode:#6fc0e6;--encode:#f0905f;--tower:#b197dd;--audio:#e39ac0;--codec:#71c7a0;--write:#a4acb9;
 --bad:#ff6b74;--good:#5fb38a;--rest:#2c2b32}}
 h2{margin-top:64px;display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline}
 h3{margin:36px 0 12px}
@@ -405,7 +409,7 @@ code{font-size:.84em;overflow-wrap:anywhere}
 i.ok{background:var(--good)}i.failed{background:var(--bad)}i.before{background:var(--write)}
 i.left{background:var(--rest)}
 i.read{background:var(--read)}i.decode{background:var(--decode)}i.encode{background:var(--encode)}i.tower{background:var(--tower)}
-i.codec{background:var(--codec)}i.write,i.other{background:var(--write)}
+i.audio{background:var(--audio)}i.codec{background:var(--codec)}i.write,i.other{background:var(--write)}
 .legend i.mean{height:0;border-radius:0;border-top:2px dashed var(--ink);background:none;width:16px}
 .plot{position:relative;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:20px 16px 34px 58px;margin-bottom:10px}
 .plot svg{width:100%;height:224px;overflow:hidden}

@@ -1,5 +1,6 @@
 """The rates of a real sample: what they count, that they survive their file, and what a user is told."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,18 @@ import pytest
 
 from configs import cli
 from configs.clock import segment_count
+from model.synchformer_audio import AudioTower, AudioTowerConfig, save_audio_tower
 from pipeline import bench_prepare
-from pipeline.bench_prepare import BenchPrepareConfig, Rates, choose, read_rates
+from pipeline.bench_prepare import BenchPrepareConfig, Cost, Rates, choose, read_rates, table
 from pipeline.discover import Clip, DiscoverConfig, discover
+from pipeline.features import AudioOptions
 from pipeline.media import EncodeConfig, reencode
 from tests.pipeline.clips import make_clip
 from tests.pipeline.networks import SMALL_TOWER, small_networks
 
 GOOD, BAD = 5, 2
 ENCODE = EncodeConfig(short_side=64, preset="ultrafast")
+SMALL_AUDIO = AudioTowerConfig(mels=29, frames=66, patch_size=7, stride=17, width=22, depth=1, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchPrepareConfig:
     folder = tmp_path_factory.mktemp("bench")
     networks, base = small_networks(folder), BenchPrepareConfig()
+    save_audio_tower(folder / "audio.safetensors", AudioTower(SMALL_AUDIO))
     return replace(
         base,
         source=str(sample),
@@ -42,6 +47,7 @@ def config(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchPrepa
         chunk_clips=3,
         tower=replace(base.tower, weights=networks["tower"], device="cpu", batch_segments=4),
         codec=replace(base.codec, weights=networks["codec"]),
+        audio=AudioOptions(weights=str(folder / "audio.safetensors")),
     )
 
 
@@ -57,13 +63,15 @@ def test_counts_are_those_of_the_sample(rates: Rates, sample: Path) -> None:
     assert rates.decoded_bytes == 50 * 64 * 96 * 3
     mp4 = sum(len(reencode(path, ENCODE).mp4) for path in sample.glob("good*")) / GOOD
     assert mp4 < rates.media_bytes < mp4 + 4096  # the record and tar's headers and padding
-    features = 2 * segment_count(50, 8) * 8 * SMALL_TOWER.width * 2
-    assert features < rates.feature_bytes < features + 6 * 1024
+    features = 2 * segment_count(50, 8) * 8 * SMALL_TOWER.width * 2 + (50 - 15) * SMALL_AUDIO.tokens * SMALL_AUDIO.width * 2
+    assert features < rates.feature_bytes < features + 7 * 1024
 
 
 def test_times_and_the_machine_are_there(rates: Rates) -> None:
-    for cost in (rates.reencode, rates.reencode_fused, rates.decode, rates.tower, rates.codec):
+    for cost in (rates.reencode, rates.reencode_fused, rates.decode, rates.tower, rates.codec, rates.audio):
         assert cost.cpu_seconds > 0 and cost.wall_seconds > 0
+    assert rates.networks.cpu_seconds == pytest.approx(rates.tower.cpu_seconds + rates.codec.cpu_seconds + rates.audio.cpu_seconds)
+    assert "audio tower" in table(rates) and "audio tower" not in table(replace(rates, audio=Cost(0.0, 0.0)))
     assert (rates.device, rates.gpu_kind, rates.gpu_memory_bytes) == ("cpu", "", 0)
     assert rates.cpus >= 1 and rates.cpu_kind and rates.actor_process_bytes > rates.decoder_process_bytes > 20e6
 
@@ -71,6 +79,9 @@ def test_times_and_the_machine_are_there(rates: Rates) -> None:
 def test_the_file_holds_the_same_rates(rates: Rates, config: BenchPrepareConfig, tmp_path: Path) -> None:
     assert read_rates(config.out) == rates
     assert rates.options["tower"]["batch_segments"] == 4 and rates.options["encode"]["preset"] == "ultrafast"
+    before = tmp_path / "before.json"  # as it was written before the audio tower was measured
+    before.write_text(json.dumps({name: value for name, value in json.loads(Path(config.out).read_text()).items() if name != "audio"}))
+    assert read_rates(str(before)) == replace(rates, audio=Cost(0.0, 0.0))
     torn = tmp_path / "torn.json"
     torn.write_bytes(Path(config.out).read_bytes()[:-50])
     other = tmp_path / "other.json"

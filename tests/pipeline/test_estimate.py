@@ -100,6 +100,15 @@ def test_decoding_that_cannot_keep_ahead_limits_the_gpus() -> None:
     assert (result.featurise.limit, result.featurise.seconds) == ("cpu", pytest.approx(19 * 0.25 / 8))
 
 
+def test_the_audio_tower_is_one_more_network() -> None:
+    with_sound = replace(RATES, audio=Cost(0.1, 0.05), options={**RATES.options, "audio": {"weights": "avclip", "hop_samples": 640}})
+    result = estimate(64_000, with_sound, CLUSTER, clips_per_shard=60)
+    assert result.featurise.gpu_seconds == pytest.approx(60_800 * 0.2 / 8)
+    assert result.fused.cpu_seconds == pytest.approx((64_000 * 3.2 + 60_800 * 0.08) / 32)
+    assert "features of the sound every 640 samples" in text(result, with_sound, CLUSTER)
+    assert "features of the sound" not in text(estimate(64_000, RATES, CLUSTER, clips_per_shard=60), RATES, CLUSTER)
+
+
 def test_without_gpus_the_towers_processor_time_counts() -> None:
     rates = replace(RATES, device="cpu", gpu_kind="", tower=Cost(200.0, 140.0))
     result = estimate(2000, rates, CLUSTER, clips_per_shard=50)
