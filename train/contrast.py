@@ -46,6 +46,11 @@ class ContrastOptions:
     shown_clips: int = 2
     """Clips of which validation's pictures show how alike their segments are."""
 
+    def __post_init__(self) -> None:
+        for name in ("window", "shown_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"contrast.{name}={getattr(self, name)}: expected 1 or more")
+
 
 # --- the module -----------------------------------------------------------------------------------------------------------------------
 

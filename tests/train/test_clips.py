@@ -1,15 +1,19 @@
 """Examples against pictures and samples that say where they are: pictures have their number as brightness, the sound its position."""
 
+import hashlib
 import pickle
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from configs.parts import media_decoder
 from model.segments import CONTRAST, OFFSET, SYNCHRONISABLE, SegmentGrid, cut_at, offset_class
+from model.synchformer_audio import LogMel
 from shards.clips import SkipClip
 from train.augment import CONTRAST_AUGMENT, PAIR_AUGMENT, AugmentOptions
 from train.clips import ContrastClip, PairClip, fitted, opened
@@ -173,6 +177,19 @@ def test_clips_must_have_room_for_every_offset(question: str, grid: SegmentGrid,
 
 
 # --- all of them ---
+
+
+def test_examples_of_a_real_clip_are_the_published_ones_to_the_last_bit(shared: Path) -> None:
+    golden = np.load(shared / "reference/golden_d_rgb.npz")
+    mp4 = (shared / "clips/h264_video_25fps_256side_16000hz_aac/ZYc410CE4Rg_0_10000.mp4").read_bytes()
+    decoded = media_decoder()(mp4)
+    pairs = PairClip(lambda _: decoded, fixed={"start": (0.0, 0.0), "later": (1.2, -0.6)})
+    examples = {"stage1": ContrastClip(lambda _: decoded)(mp4, "", 0), "sync": pairs(mp4, "start", 0), "sync_v1.2_off-0.6": pairs(mp4, "later", 0)}
+    for name, example in examples.items():
+        hashes = [hashlib.sha256(segment.movedim(-1, 1).contiguous().numpy()).hexdigest() for segment in example["pixels"]]
+        assert hashes == golden[f"{name}_seg_u8_sha256"].tolist()
+        means = LogMel()(example["sound"]).mean((1, 2))
+        np.testing.assert_allclose(means, golden[f"{name}_audio_seg_mean"], atol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [ContrastClip(Noise(), augment=CONTRAST_AUGMENT, size=SIZE), PairClip(Noise(), augment=PAIR_AUGMENT, size=SIZE)])

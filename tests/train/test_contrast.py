@@ -83,6 +83,16 @@ def test_the_loss_and_the_figures_are_those_of_normalised_segments() -> None:
     assert ContrastModule.FIGURES.best in named and ContrastModule.FIGURES.larger_is_better
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_and_the_loss_is_whole(precision: torch.dtype) -> None:
+    steps, batch = module(small()), clips()
+    expected = steps.training_step(batch)["loss"]
+    with torch.autocast("cpu", precision):
+        step = steps.training_step(batch)
+    assert step["loss"].dtype == step["figures"].dtype == torch.float32
+    assert step["loss"].item() == pytest.approx(expected.item(), rel=0.02) and step["loss"].item() != expected.item()
+
+
 def test_every_weight_that_is_trained_has_a_gradient(tmp_path: Path) -> None:
     """Else data parallelism would wait for one; and a network that was loaded is trained whole."""
     save_avclip(tmp_path / "avclip.safetensors", small())
@@ -239,6 +249,12 @@ def test_a_picture_has_the_whole_scale_in_every_row() -> None:
         COLOURS[0], COLOURS[-1], COLOURS[2], COLOURS[-1], COLOURS[0],
     ]  # fmt: skip
     assert (picture(torch.full((2, 2), 0.3)) == np.array(COLOURS[0])).all()
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"shown_clips": 0}])
+def test_options_that_cannot_be(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"contrast.{next(iter(wrong))}=0: expected 1 or more"):
+        ContrastOptions(**wrong)
 
 
 def test_a_window_needs_more_segments_than_it_has() -> None:
