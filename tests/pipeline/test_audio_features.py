@@ -37,11 +37,12 @@ from shards import inspect
 from shards.dataset import create_or_check
 from shards.read import Index
 from shards.write import Entry, write_shard
-from tests.model.fill import fill_module
+from tests.model.fill import fill_module, inp
 from tests.pipeline.clips import make_clip
 from tests.pipeline.networks import SMALL_TOWER, small_networks
 from train.vaura import ModelOptions, derive_model
 
+GOLDENS = Path(__file__).parents[1] / "model" / "goldens"
 SMALL_AUDIO = AudioTowerConfig(mels=29, frames=66, patch_size=7, stride=17, width=SMALL_TOWER.width, depth=2, heads=2)
 HOP = 1120
 """Neither a frame's samples nor a divisor of a segment's."""
@@ -149,6 +150,29 @@ def test_arithmetic_is_an_option(networks: dict[str, str]) -> None:
     assert isinstance(exact, Features) and isinstance(coarse, Features) and exact.audio is not None and coarse.audio is not None
     difference = np.abs(exact.audio.astype(np.float32) - coarse.audio.astype(np.float32)).mean()
     assert 1e-4 < difference < 0.1 * exact.audio.astype(np.float32).std()
+
+
+@pytest.mark.slow
+def test_the_published_tower_gives_the_published_features(networks: dict[str, str], tmp_path: Path) -> None:
+    """At full size, from a file laid out as Segment AVCLIP's own: front end and tower are the reference's, and what is stored is theirs, rounded."""
+    with torch.device("meta"):
+        tower = AudioTower()
+    fill_module(tower.to_empty(device="cpu"), "afeat_extractor.")
+    torch.save({"state_dict": {f"module.a_encoder.{name}": tensor for name, tensor in tower.state_dict().items()}}, tmp_path / "epoch_best.pt")
+    small = options(networks, codec="")
+    featuriser = Featuriser(replace(small, audio=AudioOptions(weights=str(tmp_path / "epoch_best.pt"), hop_samples=640, batch_segments=2)))
+    assert featuriser.listener is not None
+    spectrogram, tokens = np.load(GOLDENS / "logmel.npz")["out"], np.load(GOLDENS / "audio.npz")["feats"]
+    wave = inp("wave", (1, SEGMENT_SAMPLES), 0.1)
+    np.testing.assert_allclose(featuriser.listener.log_mel(wave).numpy(), spectrogram, atol=2e-4)
+    with torch.inference_mode():
+        np.testing.assert_allclose(featuriser.listener.tower(inp("spec", (1, 2, 1, 128, 66))[:, :, 0]).numpy(), tokens, atol=1e-4)
+        expected = tower.eval()(torch.from_numpy(spectrogram)[None])[0, 0]
+    clip = Decoded(CLIPS["long"].frames[:18], None, heard=torch.cat([wave[0], wave[0]]).numpy())
+    ((_, found),) = featuriser.run(["clip"], lambda _: clip)
+    assert isinstance(found, Features) and found.audio is not None and found.audio.shape == (1, 3, 6, 768)
+    np.testing.assert_allclose(found.audio[0, 0].astype(np.float32), expected.numpy(), atol=4e-3)
+    assert np.abs(found.audio[0, 1].astype(np.float32) - expected.numpy()).max() > 0.05
 
 
 # --- what is stored, and what is said about it ---

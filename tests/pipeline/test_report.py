@@ -155,6 +155,16 @@ def test_time_is_shared_out() -> None:
     assert "waiting" not in busy.text and "100 %" in busy.text
 
 
+def test_the_audio_tower_is_a_network_too() -> None:
+    tally = Tally(0.0)
+    tally.add(Tick(7, (), {"tower": 1.0, "audio": 2.5}, 700), 1.0)
+    report = stage(tally.snapshot(10.0), total=7, workers=1, actors=1, wall_seconds=10.0)
+    assert report.network_busy == pytest.approx(0.35)
+    found = check(report_html([report], "t"))
+    assert bar_widths(found) == {"ok": 100.0, "tower": 10.0, "audio": 25.0, "left": 65.0}
+    assert "busy: tower, audio tower and codec in the time" in " ".join(found.text.split())
+
+
 @pytest.mark.parametrize(
     ("clips", "seconds", "failed"), [(7, 3.0, 1), (11, 3.7, 11), (101, 61.3, 0), (1009, 240.0, 13), (997, 241.0, 997), (5003, 17_777.7, 101)]
 )
