@@ -63,14 +63,37 @@ def load(schema: type[T], arguments: Sequence[str] = (), *, positional: str | No
     return typing.cast(T, config)
 
 
+def peek(arguments: Sequence[str], key: str) -> str | None:
+    """What the arguments give for a top-level key, themselves or by a configuration file, before it is known which schema they are for; or None.
+
+    A configuration that cannot be found gives nothing: `load` says so.
+    """
+    given = {name: value for name, equals, value in (argument.partition("=") for argument in arguments) if equals}
+    if key in given:
+        return given[key]
+    if "config" not in given or not is_yaml(given["config"]):
+        return None
+    values = OmegaConf.to_container(OmegaConf.load(find_yaml(given["config"])))
+    return str(values[key]) if isinstance(values, dict) and key in values else None
+
+
 def find_yaml(name: str) -> Path:
     """The YAML file called `name`: a path, or a file of `configs/` with or without its ending. Raises ValueError with the names there are."""
     if storage.is_remote(name):
         return storage.local_copy(name)
-    for candidate in (Path(name), HERE / name, HERE / f"{name}.yaml"):
+    for candidate in _candidates(name):
         if candidate.is_file():
             return candidate
     raise ValueError(f"config={name}: no such file; give a path or one of {', '.join(sorted(p.stem for p in HERE.glob('*.yaml')))}")
+
+
+def is_yaml(name: str) -> bool:
+    """Whether `find_yaml` would look no further: there is such a file, or it is an address."""
+    return storage.is_remote(name) or any(candidate.is_file() for candidate in _candidates(name))
+
+
+def _candidates(name: str) -> tuple[Path, ...]:
+    return Path(name), HERE / name, HERE / f"{name}.yaml"
 
 
 def to_plain(config: Any) -> dict[str, Any]:
