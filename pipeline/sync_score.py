@@ -4,6 +4,8 @@ Pictures go through the visual tower once, however many sounds are compared with
 through a tower once. Knows no files of media, no Ray, and nothing of what made the sound.
 """
 
+import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -186,6 +188,11 @@ class SyncScorer:
 
     # --- the steps ---
 
+    @property
+    def short_side(self) -> int:
+        """The shorter side, in pixels, to which pictures are brought before their middle is cut out: 256 for the published tower's 224."""
+        return short_side(self.model.vfeat_extractor.config.image_size)
+
     def check_grid(self, grid: SegmentGrid) -> None:
         """Raises ValueError if the network does not compare so many segments."""
         if grid.segments != self.model.config.segments:
@@ -221,6 +228,14 @@ class SyncScorer:
             with self._autocast():
                 logits.append(self.model.compare(visual[places], heard[sounds[:, None], windows[places]]).float())
         return torch.cat(logits).softmax(-1).unflatten(0, (len(waves), -1)).mean(1).cpu()
+
+    @torch.inference_mode()
+    def segment_tokens(
+        self, pictures: UInt8[Tensor, "n size size 3"], wave: Float[Tensor, "samples"], starts: Sequence[int]
+    ) -> tuple[Float[Tensor, "segments v visual_width"], Float[Tensor, "segments a audio_width"]]:
+        """Both towers over the segments that begin at these frames of pictures of the network's own size, and of their sound at 16 kHz."""
+        heard = self._audio_tokens(wave.to(self.device)[None], [start * SAMPLES_PER_FRAME for start in starts])[0]
+        return self._visual_tokens(pictures, starts), heard
 
     def _autocast(self) -> "torch.autocast | nullcontext[None]":
         return nullcontext() if self.precision == torch.float32 else torch.autocast(self.device.type, self.precision)
@@ -260,16 +275,76 @@ class SyncScorer:
         return torch.cat(tokens).unflatten(0, (len(waves), -1))
 
 
+class Follower:
+    """Windows along a video whose pictures and sound come in pieces, each answered as soon as it is there.
+
+    Segments that windows share go through a tower once, and nothing is kept that no later window needs: memory does not grow with the video.
+    """
+
+    def __init__(self, scorer: SyncScorer, starts: Sequence[int], grid: SegmentGrid) -> None:
+        """`starts` are the first frames of the windows' cuts, ascending, counted from the first piece's first picture."""
+        scorer.check_grid(grid)
+        self._scorer, self._grid = scorer, grid
+        self._windows = deque(starts)
+        self._segments = deque(_distinct((start, grid.frame_starts()) for start in starts))
+        self._first = 0
+        size = scorer.model.vfeat_extractor.config.image_size
+        self._pictures = torch.empty(0, size, size, 3, dtype=torch.uint8)
+        self._wave = torch.empty(0)
+        self._tokens: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def push(self, frames: UInt8[np.ndarray | Tensor, "n h w 3"], wave: Float32[np.ndarray | Tensor, "samples"]) -> Float[Tensor, "_ classes"]:
+        """The next pictures at 25 fps with their sound at 16 kHz, 640 samples for each; the logits of the windows that are complete with them."""
+        if len(wave) != len(frames) * SAMPLES_PER_FRAME:
+            raise ValueError(f"{len(wave)} samples for {len(frames)} pictures; expected {SAMPLES_PER_FRAME} for each")
+        self._pictures = torch.cat([self._pictures, _pictures(frames, self._pictures.shape[1])])
+        self._wave = torch.cat([self._wave, _tensor(wave).cpu()])
+        self._look()
+        return self._answer()
+
+    def _look(self) -> None:
+        """The towers over the segments that are there, and no more pictures and sound than the others need."""
+        last, ready = self._first + len(self._pictures) - SEGMENT_FRAMES, []
+        while self._segments and self._segments[0] <= last:
+            ready.append(self._segments.popleft())
+        if ready:
+            seen, heard = self._scorer.segment_tokens(self._pictures, self._wave, [start - self._first for start in ready])
+            self._tokens |= dict(zip(ready, zip(seen, heard, strict=True), strict=True))
+        needed = self._segments[0] if self._segments else self._first + len(self._pictures)
+        gone = min(needed - self._first, len(self._pictures))
+        self._pictures, self._wave = self._pictures[gone:].clone(), self._wave[gone * SAMPLES_PER_FRAME :].clone()
+        self._first += gone
+
+    def _answer(self) -> Float[Tensor, "_ classes"]:
+        """The windows whose segments have all been looked at, and no more tokens than the others need."""
+        starts, visual, audio, scorer = self._grid.frame_starts(), [], [], self._scorer
+        while self._windows and self._windows[0] + starts[-1] in self._tokens:
+            first = self._windows.popleft()
+            own = [self._tokens[first + start] for start in starts]
+            visual.append(torch.stack([seen for seen, _ in own]))
+            audio.append(torch.stack([heard for _, heard in own]))
+        needed = self._windows[0] + starts[0] if self._windows else sys.maxsize
+        self._tokens = {start: tokens for start, tokens in self._tokens.items() if start >= needed}
+        size = scorer.batch_segments
+        batches = [scorer.logits(torch.stack(visual[i : i + size]), torch.stack(audio[i : i + size])) for i in range(0, len(visual), size)]
+        return torch.cat([torch.empty(0, scorer.model.config.classes), *batches])
+
+
 def _distinct(places: Iterable[tuple[int, range]]) -> dict[int, int]:
     """Where segments start, each once and in order, with the number that each has then."""
     starts = sorted({first + start for first, starts in places for start in starts})
     return {start: number for number, start in enumerate(starts)}
 
 
+def short_side(size: int) -> int:
+    """The shorter side of pictures of which a square of `size` is cut out, as published: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def _pictures(frames: UInt8[np.ndarray | Tensor, "n h w 3"], size: int) -> UInt8[Tensor, "n size size 3"]:
     """The middle of every picture, as the network was trained to see it: the short side at 8/7 of `size` (256 for 224), then a square of `size`."""
     _, height, width, _ = frames.shape
-    short = round(size * 256 / 224)
+    short = short_side(size)
     resized = (short, short * width // height) if height < width else (short * height // width, short)
     crop = view_crop("", 0, *resized, size)
     cut = torch.empty(len(frames), size, size, 3, dtype=torch.uint8)
