@@ -22,7 +22,7 @@ from pipeline.shift import CONTAINERS, move_sound
 from pipeline.sync_clips import ClipsConfig, judge_clips, judge_options, resolved
 from pipeline.sync_judge import Judge
 from pipeline.sync_page import clips_html, timeline_html
-from pipeline.timeline import CERTAIN, Estimate, Timeline, words
+from pipeline.timeline import CERTAIN, IN_SYNC_SECONDS, Estimate, Timeline, words
 
 BAR_COLUMNS = 40
 
@@ -177,13 +177,15 @@ def _fixed_path(config: SyncConfig) -> Path | None:
 def _fix(source: str | bytes, out: Path, timeline: Timeline, estimate: Estimate) -> None:
     """Move the sound by what is left of the offset in the file itself."""
     delay = round(estimate.seconds - timeline.offset_seconds, 3)
+    delay = 0.0 if abs(delay) <= IN_SYNC_SECONDS else delay  # finer than the network tells apart
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         moved = call(move_sound, source, out, delay, limits=Limits(clip_seconds=300.0 + timeline.duration_seconds))
     except MediaError as error:
         raise ValueError(f"{out}: the sound cannot be moved: {error}") from None
+    what = f"sound moved by {delay:+.3f} s" if delay else "it is in sync, and copied as it is"
     notes = "".join(f"; {note}" for note in moved.notes)
-    print(f"sync: sound moved by {delay:+.3f} s, {moved.video_packets} packets of pictures as they were -> {moved.path}{notes}", flush=True)
+    print(f"sync: {what}; {moved.video_packets} packets of pictures as they were -> {moved.path}{notes}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,7 +44,7 @@ def timeline_html(name: str, timeline: Timeline, estimate: Estimate) -> str:
     if estimate.synchronisable is not None:
         figures.append(Figure(f"{estimate.synchronisable:.2f}", "probability that there is something to synchronise"))
     sections = [
-        f"<header><h1>{_text(name)}</h1><p class=lead>{_lead(timeline, estimate)}</p>{figures_html(figures)}</header>",
+        f"<header><h1>{escape(name)}</h1><p class=lead>{_lead(timeline, estimate)}</p>{figures_html(figures)}</header>",
         f"<section><h2>Along the video</h2>{_legend(timeline)}{timeline_svg(timeline, estimate)}</section>",
         f"<section><h2>Windows</h2>{_windows_html(timeline)}</section>",
     ]
@@ -52,7 +52,7 @@ def timeline_html(name: str, timeline: Timeline, estimate: Estimate) -> str:
 
 
 def _lead(timeline: Timeline, estimate: Estimate) -> str:
-    text = f"The sound is {words(estimate.seconds)}. {timeline.duration_seconds:.2f} s of video"
+    text = f"The sound is {words(estimate.seconds)}. {clock(timeline.duration_seconds)} of video"
     text += (
         f", in windows of {timeline.window_seconds:g} s." if len(timeline.faults) > 1 else f", of which {timeline.window_seconds:g} s were compared."
     )
@@ -62,7 +62,7 @@ def _lead(timeline: Timeline, estimate: Estimate) -> str:
         text += " The windows do not agree on one offset."
     if timeline.repeated:
         text += f" {REPEATED}"
-    return _text(text)
+    return escape(text)
 
 
 def _legend(timeline: Timeline) -> str:
@@ -70,7 +70,8 @@ def _legend(timeline: Timeline) -> str:
     parts = [
         '<span><svg viewBox="0 0 60 14"><defs><linearGradient id="scale">'
         + "".join(
-            f'<stop offset="{level:.2f}" stop-color="rgb{tuple(_colours(np.array([[level]]))[0, 0].tolist())}"/>' for level in np.linspace(0, 1, 7)
+            f'<stop offset="{level:.2f}" stop-color="rgb{tuple(_colours(np.array([[level**0.5]]))[0, 0].tolist())}"/>'
+            for level in np.linspace(0, 1, 7)
         )
         + '</linearGradient></defs><rect width="60" height="14" fill="url(#scale)"/></svg>probability of an offset, 0 to 1</span>',
         '<span><svg viewBox="0 0 10 14"><circle class="dot" cx="5" cy="7" r="3"/></svg>most probable of a window</span>',
@@ -78,7 +79,7 @@ def _legend(timeline: Timeline) -> str:
     ]
     if faults:
         parts.append(
-            f'<span><svg viewBox="0 0 14 14"><rect class="fault" width="14" height="14"/></svg>not counted: {_text(", ".join(faults))}</span>'
+            f'<span><svg viewBox="0 0 14 14"><rect class="fault" width="14" height="14"/></svg>not counted: {escape(", ".join(faults))}</span>'
         )
     return f"<p class=legend>{''.join(parts)}</p>"
 
@@ -102,11 +103,11 @@ def timeline_svg(timeline: Timeline, estimate: Estimate) -> str:
         f'href="{picture}"/>'
     )
     parts.append(f'<path class="zero" d="M{LEFT} {y(0):.1f}H{RIGHT}"/>')
+    parts.append(f'<path class="answer" d="M{LEFT} {y(estimate.seconds):.1f}H{RIGHT + GAP}"/>')
     if len(timeline.counted) <= DOTS:
         centres, best = (timeline.starts_seconds + timeline.window_seconds / 2).tolist(), timeline.best_seconds.tolist()
         parts += [f'<circle class="dot" cx="{x(centres[i]):.1f}" cy="{y(best[i]):.1f}" r="2.6"/>' for i in timeline.counted.tolist()]
-    parts.append(f'<path class="answer" d="M{LEFT} {y(estimate.seconds):.1f}H{WIDTH}"/>')
-    parts += [f'<text class="end" x="{LEFT - 8}" y="{y(offset) + 5:.1f}">{"0 s" if not offset else f"{offset:+g}"}</text>' for offset in range(-2, 3)]
+    parts += [f'<text class="end" x="{LEFT - 8}" y="{y(offset) + 5:.1f}">{_offset(offset)}</text>' for offset in range(-2, 3)]
     parts.append(f'<text class="side" transform="translate(13 {y(1.25):.1f}) rotate(-90)">sound ahead</text>')
     parts.append(f'<text class="side" transform="translate(13 {y(-1.25):.1f}) rotate(-90)">behind</text>')
     parts.append(_distribution(estimate, y))
@@ -229,7 +230,7 @@ def clips_html(rows: Sequence[dict[str, Any]], *, title: str) -> str:
         Figure(f"{reasons.total():,}", "clips without an answer"),
     ]
     sections = [
-        f"<header><h1>{_text(title)}</h1>{figures_html(figures)}</header>",
+        f"<header><h1>{escape(title)}</h1>{figures_html(figures)}</header>",
         f"<section><h2>Offsets</h2>{_histogram(np.bincount(best, minlength=OFFSET_CLASSES))}</section>" if good else "",
         f"<section><h2>Furthest apart</h2>{_furthest(good)}</section>" if good else "",
         f"<section><h2>Without an answer</h2>{_reasons(reasons)}</section>" if reasons else "",
@@ -247,7 +248,7 @@ def _histogram(counts: np.ndarray) -> str:
         parts.append(f'<rect class="bar{chosen}" x="{left + 3:.1f}" y="{bottom - tall:.1f}" width="{step - 6:.1f}" height="{tall:.1f}"/>')
         parts.append(f'<text class="middle" x="{left + step / 2:.1f}" y="{bottom - tall - 6:.1f}">{count or ""}</text>')
         if index % 5 == 0:
-            parts.append(f'<text class="middle" x="{left + step / 2:.1f}" y="{bottom + 20}">{class_seconds(index):+g} s</text>')
+            parts.append(f'<text class="middle" x="{left + step / 2:.1f}" y="{bottom + 20}">{_offset(class_seconds(index))}</text>')
     parts.append(f'<text x="{LEFT}" y="{bottom + 42}">sound behind</text><text class="end" x="{WIDTH - LEFT}" y="{bottom + 42}">sound ahead</text>')
     return f'<svg class="curves" viewBox="0 0 {WIDTH} {bottom + 50}" role="img"><title>Clips by offset</title>{"".join(parts)}</svg>'
 
@@ -255,7 +256,7 @@ def _histogram(counts: np.ndarray) -> str:
 def _furthest(good: Sequence[dict[str, Any]]) -> str:
     order = sorted(good, key=lambda row: (-abs(row["best_offset_seconds"]), -row["probability"], row["key"]))[:20]
     rows = "".join(
-        f"<tr><th scope=row>{_text(row['key'])}</th><td>{row['offset_seconds']:+.2f} s</td><td>{row['probability']:.2f}</td>"
+        f"<tr><th scope=row>{escape(row['key'])}</th><td>{row['offset_seconds']:+.2f} s</td><td>{row['probability']:.2f}</td>"
         f"<td>{row['agreement']:.0%}</td></tr>"
         for row in order
     )
@@ -264,7 +265,7 @@ def _furthest(good: Sequence[dict[str, Any]]) -> str:
 
 
 def _reasons(reasons: Counter[str]) -> str:
-    rows = "".join(f"<tr><th scope=row>{_text(reason)}</th><td>{count:,}</td></tr>" for reason, count in reasons.most_common())
+    rows = "".join(f"<tr><th scope=row>{escape(reason)}</th><td>{count:,}</td></tr>" for reason, count in reasons.most_common())
     return _table("<tr><th>reason<th>clips</tr>", rows)
 
 
@@ -284,6 +285,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def _offset(seconds: float) -> str:
+    return f"{seconds:+g} s" if seconds else "0 s"
+
+
 def time_ticks(first: float, last: float) -> list[float]:
     """Round instants, ten at most."""
     step = next((step for step in TICK_SECONDS if (last - first) / step <= 10), TICK_SECONDS[-1])
@@ -297,12 +302,8 @@ def _colours(level: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "row
     return np.stack([np.interp(level, places, stops[:, k]) for k in range(3)], axis=-1).round().astype(np.uint8)
 
 
-def _text(text: str) -> str:
-    return escape(text)
-
-
 STYLE = """
-.timeline .ground{fill:#0a0c1c}
+.timeline .ground{fill:var(--line);opacity:.6}
 .timeline .heat{image-rendering:pixelated}
 .zero{stroke:#fff;stroke-width:1;stroke-dasharray:2 5;opacity:.55}
 .dot{fill:#fff;stroke:#0a0c1c;stroke-width:1}

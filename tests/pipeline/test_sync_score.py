@@ -8,31 +8,21 @@ import torchaudio.functional
 from torch import Tensor
 
 from model.segments import OFFSET, SEGMENT_SAMPLES, SYNCHRONISABLE, Cut, SegmentGrid, cut_at, draw_cut
-from model.synchformer import SyncConfig, Synchformer, save_synchformer
-from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel
-from model.synchformer_visual import VisualTower, VisualTowerConfig, normalise
+from model.synchformer import Synchformer
+from model.synchformer_audio import AudioTower, LogMel
+from model.synchformer_visual import VisualTower, normalise
 from pipeline.media import decode
-from pipeline.sync_score import Layout, SyncScorer, best_of, synchrony
+from pipeline.sync_score import Follower, Layout, SyncScorer, best_of, synchrony
 from pipeline.views import view_crop
 from tests.model.fill import fill_module
+from tests.pipeline.sync_networks import network, small_sync
 
-SMALL_VISUAL = VisualTowerConfig(image_size=28, patch_size=14, tubelet=2, width=22, depth=1, heads=2)
-SMALL_AUDIO = AudioTowerConfig(width=26, depth=1, heads=2)
-SMALL = SyncConfig(visual_width=22, audio_width=26, width=21, depth=2, heads=3)
 RATE = 16000
-
-
-def network(config: SyncConfig = SMALL) -> Synchformer:
-    model = Synchformer(VisualTower(SMALL_VISUAL), AudioTower(SMALL_AUDIO), config).eval()
-    fill_module(model)
-    return model.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "sync.safetensors"
-    save_synchformer(path, network())
-    return str(path)
+    return small_sync(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +196,7 @@ def test_cuts_are_compared_where_they_lie_and_a_segment_goes_through_a_tower_onc
 
 
 def test_a_network_of_the_other_head_answers_with_two_logits(tmp_path: Path) -> None:
-    model = network(SyncConfig(**{**vars(SMALL), "head": "synchronisable", "segments": 13}))
-    save_synchformer(tmp_path / "other.safetensors", model)
-    scorer = SyncScorer(str(tmp_path / "other.safetensors"), "cpu", batch_segments=4)
+    model, scorer = network("synchronisable"), SyncScorer(small_sync(tmp_path, "synchronisable"), "cpu", batch_segments=4)
     assert (scorer.head, scorer.grid) == ("synchronisable", SYNCHRONISABLE)
     frames, wave = pictures(130), sound(130)[0]
     cuts = [cut_at(0.0, 0.0, SYNCHRONISABLE), cut_at(0.6, 0.1, SYNCHRONISABLE)]
@@ -224,6 +212,26 @@ def test_a_cut_beyond_the_clip_is_refused(scorer: SyncScorer) -> None:
     for cut in (cut_at(0.2, 0.0), cut_at(0.0, 0.2), Cut(start_frame=0, frames=125, start_sample=-1, samples=80000, offset_seconds=0.0)):
         with pytest.raises(ValueError, match="beyond a clip of 125 frames and 80000 samples"):
             scorer.cut_logits(frames, wave, [cut_at(0.0, 0.0), cut], OFFSET)
+
+
+# --- along a video ---
+
+
+@pytest.mark.parametrize("piece_frames", [31, 400])
+def test_a_video_in_pieces_is_answered_as_a_whole_and_little_of_it_is_kept(scorer: SyncScorer, piece_frames: int) -> None:
+    frames, wave, starts = pictures(397), sound(397)[0], [0, 16, 24, 112, 208, 271]
+    follower, found, answered = Follower(scorer, starts, OFFSET), [], []
+    for at in range(0, 397, piece_frames):
+        found.append(follower.push(frames[at : at + piece_frames], wave[at * 640 : (at + piece_frames) * 640]))
+        answered.append(sum(map(len, found)))
+        assert len(follower._pictures) < 16 and len(follower._wave) == 640 * len(follower._pictures)
+        assert len(follower._tokens) <= 30  # two windows' segments, on two grids: not the video's
+    expected = scorer.cut_logits(frames, wave, [cut_at(start / 25 + 1e-6, 0.0) for start in starts], OFFSET)
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-4)
+    last = OFFSET.frame_starts()[-1] + 16  # a window is answered with the piece that completes it
+    assert answered == [sum(start + last <= min(at + piece_frames, 397) for start in starts) for at in range(0, 397, piece_frames)]
+    with pytest.raises(ValueError, match="639 samples for 1 pictures"):
+        follower.push(frames[:1], wave[:639])
 
 
 # --- candidates ---
@@ -267,10 +275,9 @@ def test_wrong_inputs_are_refused(scorer: SyncScorer, weights: str, tmp_path: Pa
         scorer.best(pictures(16), [], RATE)
     with pytest.raises(ValueError, match="batch_segments is 0"):
         SyncScorer(weights, "cpu", batch_segments=0)
-    other = network(SyncConfig(**{**vars(SMALL), "head": "synchronisable", "segments": 13}))
-    save_synchformer(tmp_path / "other.safetensors", other)
+    other = small_sync(tmp_path, "synchronisable")
     with pytest.raises(ValueError, match="predicts offsets, like `sync`"):
-        SyncScorer(str(tmp_path / "other.safetensors"), "cpu", head="offset")
+        SyncScorer(other, "cpu", head="offset")
     with pytest.raises(ValueError, match="like `synchability`"):
         SyncScorer(weights, "cpu", head="synchronisable")
 
