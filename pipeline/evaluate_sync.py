@@ -27,10 +27,11 @@ from model import avclip, synchformer
 from model.avclip import load_avclip
 from model.segments import CONTRAST, OFFSET, SAMPLES_PER_FRAME, SYNCHRONISABLE, Cut, SegmentGrid, class_seconds, cut_at, draw_cut, draw_offset
 from model.segments import draw_synchronisable as draw_pair
-from model.weights import load_state, resolve, sha256_file
+from model.synchformer import Head, sync_weights
+from model.weights import load_state, sha256_file
 from pipeline.features import pick_device
 from pipeline.isolate import Limits
-from pipeline.sync_answers import Asked, Contrast, FromFeatures, FromMedia, Networks, Question, tight
+from pipeline.sync_answers import Asked, Contrast, FromFeatures, FromMedia, Networks, Question, TokenScorer, tight
 from pipeline.sync_lists import Listed, by_name, present, read_classes, read_list
 from pipeline.sync_score import SyncScorer
 from pipeline.sync_tables import Answer, Row, nearness, rows_of, table
@@ -58,7 +59,8 @@ class EvaluateSyncConfig:
     """A media dataset, whose clips are decoded and cut exactly where the cuts are asked for; or a feature dataset with audio features
     (`featurise audio.weights=...`), where the nearest stored segments stand for them and no clip is decoded."""
     weights: str = "sync"
-    """The network: a weights file, or the name of a published one in the cache. `avclip` is stage I, `sync` stage II, `synchability` stage III."""
+    """The network: a weights file, a run folder of `soundshard train.sync`, or the name of a published one in the cache: `avclip` is stage I, `sync`
+    stage II, `synchability` stage III."""
     synchronisability_weights: str = ""
     """With a network for offsets: one that knows what can be synchronised. Adds the offsets' accuracy among the clips of which it is sure. Without
     fixed offsets, half of the cuts cannot be synchronised then, and count as wrong where they are kept, as published."""
@@ -129,13 +131,14 @@ def run(config: EvaluateSyncConfig) -> Evaluation:
     index = Index.open(config.data, config.split)
     listed = read_list(config.list) if config.list else None
     _check(config, stage, listed)
-    networks = load_networks(config, stage)
+    stored = index.info.kind == "features"
+    networks = load_networks(config, stage, towers=not stored)
     grid, pairs = grid_of(config, networks, listed)
     asked, missing = questions(config, index, listed, grid, contrast=stage == 1, pairs=pairs)
-    if index.info.kind == "features":
+    if stored:
         source = FromFeatures(index, networks, grid)
-        if stage == 1:
-            _check_towers(config.weights, index)
+        for weights in filter(None, (config.weights, config.synchronisability_weights)):
+            _check_towers(weights, stage, index)
     else:
         source = FromMedia(index, networks, grid, threads=config.decode_threads, limits=config.limits)
     if config.out:
@@ -157,48 +160,53 @@ def run(config: EvaluateSyncConfig) -> Evaluation:
 
 
 def stage_of(weights: str) -> Stage:
-    """Of which stage a weights file is: 1 has towers only, 2 a head for offsets, 3 one for synchronisability. Raises ValueError for neither."""
-    tensors, stored = load_state(resolve(weights))
-    if stored is not None and stored.get("kind") not in (avclip.KIND, synchformer.KIND):
+    """Of which stage a weights file or run folder is: 1 has towers only, 2 a head for offsets, 3 one for synchronisability."""
+    tensors, stored = load_state(sync_weights(weights))
+    if stored is not None and stored.get("kind") not in (avclip.KIND, synchformer.KIND, synchformer.MODULE_KIND):
         raise ValueError(f"{weights}: holds another kind of network; expected Segment AVCLIP or a Synchformer")
     if "transformer.off_head.weight" in tensors:
         return 2
     return 3 if "transformer.sync_head.weight" in tensors else 1
 
 
-def load_networks(config: EvaluateSyncConfig, stage: Stage) -> Networks:
-    """The networks that the options ask for, on the device."""
+def load_networks(config: EvaluateSyncConfig, stage: Stage, *, towers: bool) -> Networks:
+    """The networks that the options ask for, on the device: with `towers` for media, without for stored segments."""
     if stage == 1:
-        model = load_avclip(config.weights, device=pick_device(config.device))
+        model = load_avclip(sync_weights(config.weights), device=pick_device(config.device))
         return Networks(contrast=Contrast(model, config.window, config.precision, config.batch_segments))
-    first = SyncScorer(config.weights, config.device, config.precision, batch_segments=config.batch_segments)
+    first = _load(config, config.weights, "offset" if stage == 2 else "synchronisable", towers=towers)
     if stage == 3:
         return Networks(synchronisable=first)
     if not config.synchronisability_weights:
         return Networks(offset=first)
-    second = SyncScorer(
-        config.synchronisability_weights, config.device, config.precision, batch_segments=config.batch_segments, head="synchronisable"
-    )
+    second = _load(config, config.synchronisability_weights, "synchronisable", towers=towers)
     if second.model.config.segments > first.model.config.segments:
         counts = f"{second.model.config.segments} segments, that for offsets {first.model.config.segments}"
         raise ValueError(f"{config.synchronisability_weights}: compares {counts}; expected no more, for it takes the first of the same cut")
     return Networks(offset=first, synchronisable=second)
 
 
+def _load(config: EvaluateSyncConfig, weights: str, head: Head, *, towers: bool) -> SyncScorer | TokenScorer:
+    if towers:
+        return SyncScorer(weights, config.device, config.precision, batch_segments=config.batch_segments, head=head)
+    return TokenScorer(weights, config.device, config.precision, head=head)
+
+
 def grid_of(config: EvaluateSyncConfig, networks: Networks, listed: Sequence[Listed] | None) -> tuple[SegmentGrid, bool]:
     """How cuts are taken apart, and whether half of them cannot be synchronised: a cut's whole length apart, as in training stage III.
 
-    With both networks and drawn offsets, cuts are as long as the segments (4.8 s for 14), as published; else 5 s for offsets.
+    Published networks have cuts of 5 s for offsets and 4.48 s for synchronisability; both together on drawn offsets, and networks that compare
+    another number of segments, cuts as long as their segments.
     """
     if networks.contrast is not None:
         return replace(CONTRAST, segments=config.segments), False
-    if networks.offset is not None:
-        segments = networks.offset.model.config.segments
-        pairs = networks.synchronisable is not None and not (listed and listed[0].fixed)
-        return (tight(segments, OFFSET.hop_frames) if pairs else replace(OFFSET, segments=segments)), pairs
-    assert networks.synchronisable is not None
-    segments = networks.synchronisable.model.config.segments
-    return (SYNCHRONISABLE if segments == SYNCHRONISABLE.segments else tight(segments, SYNCHRONISABLE.hop_frames)), True
+    network = networks.offset or networks.synchronisable
+    assert network is not None
+    segments = network.model.config.segments
+    pairs = networks.synchronisable is not None and not (listed and listed[0].fixed)
+    published = SYNCHRONISABLE if networks.offset is None else OFFSET
+    fits = segments == published.segments and not (networks.offset is not None and pairs)
+    return published if fits else tight(segments, published.hop_frames), pairs
 
 
 def _check(config: EvaluateSyncConfig, stage: Stage, listed: Sequence[Listed] | None) -> None:
@@ -217,14 +225,20 @@ def _check(config: EvaluateSyncConfig, stage: Stage, listed: Sequence[Listed] | 
         )
 
 
-def _check_towers(weights: str, index: Index) -> None:
-    """Stage I is about towers, and stored features are those of the towers that made them."""
-    ours, spec = sha256_file(resolve(weights)), index.info.spec
+def _check_towers(weights: str, stage: Stage, index: Index) -> None:
+    """Stored features are those of the towers that made them: stage I is about these, and a network of ours says which it was trained on."""
+    spec, path = index.info.spec, sync_weights(weights)
     theirs = {"pictures": spec["tower"]["weights_sha256"], "sound": spec["audio"]["tower"]["weights_sha256"]}
-    other = [f"{what} {sha[:12]}" for what, sha in theirs.items() if sha != ours]
+    if stage == 1:
+        ours = dict.fromkeys(theirs, sha256_file(path))
+    else:
+        stored = (load_state(path)[1] or {}).get("towers", {})
+        ours = {what: stored[kind].get("sha256") for what, kind in (("pictures", "visual"), ("sound", "audio")) if kind in stored}
+    other = [f"{what} {theirs[what][:12]}, not {sha[:12]}" for what, sha in ours.items() if sha and sha != theirs[what]]
     if other:
+        verb = "did not make" if stage == 1 else "was trained on other towers than those of"
         raise ValueError(
-            f"{weights} ({ours[:12]}) did not make the features in {index.root} ({', '.join(other)}); give its media dataset, or the weights that did"
+            f"{weights} {verb} the features in {index.root} ({'; '.join(other)}); give its media dataset, or the weights that go with it"
         )
 
 
@@ -389,7 +403,7 @@ ROWS = pa.schema(
 
 def _claim(config: EvaluateSyncConfig, index: Index, listed: Sequence[Listed] | None) -> None:
     """Write what decides the answers to the folder, or check that it holds answers to the same questions."""
-    weights = {name: sha256_file(resolve(value)) for name in ("weights", "synchronisability_weights") if (value := getattr(config, name))}
+    weights = {name: sha256_file(sync_weights(value)) for name in ("weights", "synchronisability_weights") if (value := getattr(config, name))}
     ours: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS} | weights
     ours |= {
         "data_fingerprint": index.info.fingerprint,

@@ -18,12 +18,13 @@ from configs import storage
 from configs.clock import SEGMENT_FRAMES
 from model.avclip import Avclip, shifted_windows
 from model.segments import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, SEGMENT_SAMPLES, Cut, SegmentGrid
+from model.synchformer import Head, SyncModule, load_sync_module
 from model.synchformer_audio import LogMel
 from model.synchformer_visual import normalise
-from pipeline.features import AUDIO_MEMBER, ahead, autocast
+from pipeline.features import AUDIO_MEMBER, ahead, autocast, pick_device
 from pipeline.isolate import Limits, call
 from pipeline.media import DecodedClip, MediaError, decode
-from pipeline.sync_score import SyncScorer
+from pipeline.sync_score import HEADS, WANTED, SyncScorer
 from pipeline.sync_tables import Answer
 from pipeline.views import view_crop
 from shards.read import ArrayMembers, Index
@@ -83,13 +84,32 @@ class Contrast:
         return torch.cat(visual)[None], audio[None]
 
 
+class TokenScorer:
+    """What is above the towers, for stored tokens: no tower is loaded."""
+
+    def __init__(self, weights: str, device: str = "auto", precision: str = "fp32", *, head: Head | None = None) -> None:
+        """Loads the network. Raises ValueError for one with another head than `head`, FileNotFoundError where weights are missing."""
+        self.device, self.precision = pick_device(device), precision
+        self.model: SyncModule = load_sync_module(weights, device=self.device).requires_grad_(False).eval()
+        if head not in (None, self.model.config.head):
+            raise ValueError(f"{weights}: {HEADS[self.model.config.head]}; expected a network that {WANTED[head]}")
+
+    @torch.inference_mode()
+    def logits(
+        self, visual: Float[Tensor, "b segments v visual_width"], audio: Float[Tensor, "b segments a audio_width"]
+    ) -> Float[Tensor, "b classes"]:
+        """The head's logits, on the CPU."""
+        with autocast(self.device, self.precision):
+            return self.model.compare(visual.to(self.device), audio.to(self.device)).float().cpu()
+
+
 @dataclass(frozen=True)
 class Networks:
     """What answers: of stage I, or of stages II and III or both."""
 
     contrast: Contrast | None = None
-    offset: SyncScorer | None = None
-    synchronisable: SyncScorer | None = None
+    offset: SyncScorer | TokenScorer | None = None
+    synchronisable: SyncScorer | TokenScorer | None = None
 
     def from_tokens(
         self, visual: Float[Tensor, "b segments v visual_width"], audio: Float[Tensor, "b segments a audio_width"]
@@ -113,6 +133,7 @@ class FromMedia:
     """Answers about clips of a media dataset. A clip is decoded once, in a process of its own, whatever is asked about it."""
 
     def __init__(self, index: Index, networks: Networks, grid: SegmentGrid, *, threads: int, limits: Limits) -> None:
+        assert not any(isinstance(network, TokenScorer) for network in (networks.offset, networks.synchronisable)), "media needs towers"
         self._index, self._networks, self._grid, self._threads, self._limits = index, networks, grid, threads, limits
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[list[Answer]]:
@@ -134,10 +155,11 @@ class FromMedia:
         networks, cuts = self._networks, [question.cut for question in fits]
         if networks.contrast is not None:
             return [_windows(clip, q, networks.contrast, *networks.contrast.embed(frames, wave, q.cut, self._grid)) for q in fits]
-        logits = None if networks.offset is None else networks.offset.cut_logits(frames, wave, cuts, self._grid)
-        said = None
-        if networks.synchronisable is not None:
-            own = _first_segments(self._grid, networks.synchronisable)
+        logits = said = None
+        if isinstance(networks.offset, SyncScorer):
+            logits = networks.offset.cut_logits(frames, wave, cuts, self._grid)
+        if isinstance(networks.synchronisable, SyncScorer):
+            own = tight(networks.synchronisable.model.config.segments, self._grid.hop_frames)
             inner = [_inner(cut, self._grid, own) for cut in cuts]
             said = networks.synchronisable.cut_logits(frames, wave, inner, own).softmax(-1)[:, 1]
         return [_answer(clip, question, logits, said, i) for i, question in enumerate(fits)]
@@ -153,10 +175,6 @@ def tight(segments: int, hop_frames: int) -> SegmentGrid:
     span = SEGMENT_FRAMES + (segments - 1) * hop_frames
     grid = SegmentGrid(span / 25, segments, hop_frames)
     return grid if grid.crop_frames == span else replace(grid, crop_seconds=(span + 1e-6) / 25)
-
-
-def _first_segments(grid: SegmentGrid, scorer: SyncScorer) -> SegmentGrid:
-    return tight(scorer.model.config.segments, grid.hop_frames)
 
 
 def _inner(cut: Cut, grid: SegmentGrid, inner: SegmentGrid) -> Cut:

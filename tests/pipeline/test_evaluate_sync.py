@@ -3,7 +3,7 @@
 import csv
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import torch
 from configs import storage
 from model.avclip import Avclip, save_avclip, shifted_windows
 from model.segments import OFFSET, SEGMENT_SAMPLES, Cut, SegmentGrid, cut_at, draw_cut, draw_offset, offset_class
-from model.synchformer import SyncConfig, Synchformer, save_synchformer
+from model.synchformer import MODULE_KIND, SyncConfig, Synchformer, save_synchformer
 from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel
 from model.synchformer_visual import VisualTower, VisualTowerConfig, normalise
+from model.weights import save_state, sha256_file
 from pipeline import evaluate_sync
 from pipeline.decode import decode
 from pipeline.discover import Clip
@@ -264,6 +265,30 @@ def test_shifted_windows(world: Path, decoded: dict, capsys: pytest.CaptureFixtu
     assert {a.key: a.moved_frames for a in features.answers} == {"fourth": -3, "one": 3, "three": 3, "two": 3}
     assert len(run(config(world, weights="avclip", segments=9, window=3)).answers) == 5  # the short one too
     assert "shifted windows, both ways" in capsys.readouterr().out
+
+
+# --- run folders ---
+
+
+def write_run(folder: Path, world: Path, sha256: str) -> None:
+    """What training stage II leaves: what is above the towers, and which files hold these."""
+    whole, tower = network(), {"path": str(world / "avclip.safetensors"), "sha256": sha256}
+    state = {name: tensor for name, tensor in whole.state_dict().items() if "feat_extractor" not in name}
+    settings = {"kind": MODULE_KIND, "visual": None, "audio": None, "sync": asdict(whole.config), "towers": {"visual": tower, "audio": tower}}
+    folder.mkdir()
+    save_state(folder / "best.safetensors", state, settings)
+
+
+def test_a_run_folder_answers_as_the_whole_network(world: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", world, sha256_file(world / "avclip.safetensors"))
+    for data in ("media", "features"):
+        listed = str(world / "fixed.csv")
+        whole, found = (run(replace(config(world, data, list=listed), weights=name)) for name in (str(world / "sync.safetensors"), f"{tmp_path}/run"))
+        assert cuts_of(found) == cuts_of(whole)
+        torch.testing.assert_close(torch.tensor([a.logits for a in found.answers]), torch.tensor([a.logits for a in whole.answers]))
+    write_run(tmp_path / "other", world, "7" * 64)
+    with pytest.raises(ValueError, match="was trained on other towers than those of the features"):
+        run(replace(config(world, "features"), weights=f"{tmp_path}/other"))
 
 
 # --- the folder ---
