@@ -14,7 +14,7 @@ from torch import Tensor
 
 RESAMPLES = 1000
 """Of a bootstrap: the ends of a 95 % interval are then right to about a hundredth of its width."""
-AT_ONCE = 1 << 22
+AT_ONCE = 1 << 20
 """Numbers that a bootstrap holds at a time."""
 
 
