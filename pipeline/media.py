@@ -66,5 +66,6 @@ def training_clip(data: bytes) -> tuple[UInt8[np.ndarray, "frames height width 3
 
     In the caller's process: what is in a media shard was written by this project. Raises MediaError for what cannot be decoded.
     """
-    clip = decode(data, sample_rate_hz=SAMPLE_RATE_HZ, channels=1)
-    return clip.frames, clip.audio[0]
+    clip = decode(data, mono_rate_hz=SAMPLE_RATE_HZ)
+    assert clip.mono is not None
+    return clip.frames, clip.mono

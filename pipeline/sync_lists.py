@@ -129,3 +129,16 @@ def _key(name: str) -> str:
     last = name.rpartition("/")[2]
     stem, dot, ending = last.rpartition(".")
     return key_of(stem if dot and f".{ending}".lower() in VIDEO_SUFFIXES else last)
+
+
+def fixed_offsets(path: str) -> dict[str, tuple[float, float]]:
+    """For each key of a list of fixed offsets: where the pictures start, and the offset, in seconds. ValueError for a list that leaves them open, or
+    that cuts a clip at several places: training's validation takes each clip once."""
+    found: dict[str, tuple[float, float]] = {}
+    for listed in read_list(path):
+        if listed.start_seconds is None or listed.offset_seconds is None:
+            raise ValueError(f"{path} leaves offsets open; expected a list of fixed offsets, with path, offset_sec and vstart_sec")
+        if listed.key in found:
+            raise ValueError(f"{path} cuts {listed.key} at several places; expected each clip once")
+        found[listed.key] = (listed.start_seconds, listed.offset_seconds)
+    return found

@@ -68,7 +68,7 @@ class StoredGrid:
     def least_audio(self) -> int:
         return ceil(self.widest_seconds * SAMPLE_RATE_HZ / self.hop_samples) + self.audio_span
 
-    def sound_at(self, visual: int, samples: float) -> int:
+    def sound_at(self, visual: int, samples: float | int) -> int:
         """The stored segment of sound that starts nearest to `samples` after a stored segment of pictures."""
         return round((visual * self.hop_frames * SAMPLES_PER_FRAME + samples) / self.hop_samples)
 

@@ -126,7 +126,7 @@ def run_contrast(config: ContrastJob) -> Path:
     """Train Synchformer's stage 1: both towers, on which segments belong together. Run the same command again to go on after an interruption."""
     config.schedule.check(config.trainer.max_steps)
     folder = storage.only_local(config.out, option="out")
-    train, validation = open_splits(config)
+    train, validation = open_splits(config, kind="media")
     torch.manual_seed(config.seed)
     model = trainable(load_avclip(config.init) if config.init else config.model.new())
     info = train[0].info

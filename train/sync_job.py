@@ -52,9 +52,9 @@ class SyncJob:
         return [str(root) for root in (self.data if isinstance(self.data, list) else [self.data])]
 
 
-def open_splits(config: SyncJob) -> tuple[list[Index], list[Index]]:
-    """The training split of each dataset, and the validation split of each that has it."""
-    train = [Index.open(root, config.train_split) for root in config.roots]
+def open_splits(config: SyncJob, *, kind: str | None = None) -> tuple[list[Index], list[Index]]:
+    """The training split of each dataset, and the validation split of each that has it. DatasetMismatch for a dataset of another kind."""
+    train = [Index.open(root, config.train_split, kind=kind) for root in config.roots]
     check_alike(train)
     if config.validation_split is None or config.trainer.val_check_interval == 0:
         return train, []

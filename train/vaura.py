@@ -19,7 +19,7 @@ from configs.load import job_main, to_plain
 from model.run_folder import RunConfig, copy_weights, read_config, weights_references, write_config, write_state
 from model.vaura import Vaura, VauraConfig, forward_flops
 from shards.read import Index
-from shards.stream import check_alike
+from shards.samples import check_alike
 from train.averages import EmaConfig
 from train.callbacks import Figures
 from train.codec import Embeddings, find_codec, start_embeddings
