@@ -22,10 +22,8 @@ import numpy as np
 
 from shards.order import START, VIEW, counter_hash
 from shards.read import Index
-from shards.samples import Cut, CutStream, Picked, SampleConfig, at_least, check_alike
+from shards.samples import Cut, CutStream, Picked, SampleConfig, at_least
 from shards.windows import Batch, Windows
-
-__all__ = ["FeatureStream", "StreamConfig", "check_alike"]
 
 
 @dataclass(frozen=True)
