@@ -174,6 +174,26 @@ def test_a_process_that_is_killed_ends_the_stream(root):
         list(stream(root, prepare=Toy(killed=("clip_9",)), shuffle=False, workers=2))
 
 
+@dataclass(frozen=True)
+class Slow:
+    """Leaves a file for every clip that it prepares."""
+
+    folder: str
+
+    def __call__(self, mp4: bytes, key: str, seed: int) -> dict[str, torch.Tensor]:
+        open(f"{self.folder}/{key}-{seed}", "w").close()
+        time.sleep(0.05)
+        return {"size": torch.tensor(len(mp4))}
+
+
+def test_leaving_does_not_wait_for_what_is_ahead(root, tmp_path):
+    take(stream(root, prepare=Slow(str(tmp_path)), workers=1, prefetch=30), 1)
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not multiprocessing.active_children() and 6 <= len(list(tmp_path.iterdir())) < 60  # of 186 that were asked for
+
+
 def test_processes_do_not_outlive_a_killed_parent(root):
     """They wait for work that will not come, and would for ever."""
     here, there = multiprocessing.Pipe(duplex=False)
