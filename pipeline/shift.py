@@ -128,7 +128,7 @@ def _is_in_place(part: Path, copied: _Copied) -> bool:
     except MediaError:  # it counts sound that begins late as missing (asf)
         return False
     if copied.encoded:
-        return abs(found[0] - copied.sound_seconds[0]) <= ENCODED_TOLERANCE_SECONDS
+        return abs(float(found[0] - copied.sound_seconds[0])) <= ENCODED_TOLERANCE_SECONDS
     # From the end: what is hidden in front is not always told of.
     both = min(len(found), len(copied.sound_seconds))
     return both > 0 and bool(np.abs(found[-both:] - copied.sound_seconds[-both:]).max() <= TOLERANCE_SECONDS)

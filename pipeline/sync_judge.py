@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES
-from model.segments import OFFSET, SAMPLE_RATE_HZ, cut_at
+from model.segments import OFFSET, SAMPLE_RATE_HZ, Cut, cut_at
 from pipeline import isolate
 from pipeline.decode import MediaError
 from pipeline.isolate import Limits
@@ -66,8 +66,13 @@ class JudgeOptions:
         steps = self.every_seconds / STEP_SECONDS
         if steps < 0.5 or abs(steps - round(steps)) > 1e-6:
             raise ValueError(f"every_seconds is {self.every_seconds:g}; expected a multiple of {STEP_SECONDS:g} s, such as 0.64")
-        if self.start_seconds is not None and self.start_seconds < 0:
-            raise ValueError(f"start_seconds is {self.start_seconds:g}; expected at least 0")
+        self.first_cut()  # a start that cannot be is refused at once
+
+    def first_cut(self) -> Cut:
+        """Where the first window lies: at `start_seconds`, or where a video begins to have both sound and pictures. Raises ValueError for a start
+        before the beginning."""
+        start_seconds = max(0.0, -self.offset_seconds) if self.start_seconds is None else self.start_seconds
+        return cut_at(start_seconds, self.offset_seconds)
 
     @property
     def hop_frames(self) -> int:
@@ -93,11 +98,10 @@ class Judge:
         """The timeline of one video. Clips of a media dataset are looked at `as_stored`, not brought to size again.
 
         `tell` hears, in seconds, how far it is and of how much. Raises MediaError where the video is at fault: `too_short`, `silent`, `blank`
-        (nothing to see), `no_video`, `no_audio`, or what decoding finds; ValueError for a start before the beginning.
+        (nothing to see), `no_video`, `no_audio`, or what decoding finds.
         """
         options = self.options
-        start_seconds = max(0.0, -options.offset_seconds) if options.start_seconds is None else options.start_seconds
-        cut = cut_at(start_seconds, options.offset_seconds)
+        cut = options.first_cut()
         watching = partial(
             watch,
             start_frame=cut.start_frame,

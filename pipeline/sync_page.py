@@ -4,7 +4,7 @@ A page needs nothing but itself: its pictures are inline SVG, and no script runs
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -27,8 +27,10 @@ DOTS = 240
 LISTED = 400
 """Most windows, or clips, that a table lists."""
 QUIETEST_DB = -60.0
-TICK_SECONDS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+TICK_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0)
 REPEATED = "The video is shorter than the 5 s that the network was trained on, and was repeated to fill them: this ranks sounds, it is no offset."
+Place = Callable[[float], float]
+"""Where something lies in the picture."""
 NOT_COUNTED = (64, 66, 78)
 """Colour of windows whose answers do not count."""
 
@@ -102,12 +104,12 @@ def timeline_svg(timeline: Timeline, estimate: Estimate) -> str:
         f'<image class="heat" x="{x(edges[0]):.1f}" y="{TOP}" width="{x(edges[-1]) - x(edges[0]):.1f}" height="{height}" preserveAspectRatio="none" '
         f'href="{picture}"/>'
     )
-    parts.append(f'<path class="zero" d="M{LEFT} {y(0):.1f}H{RIGHT}"/>')
+    parts.append(f'<path class="zero" d="M{LEFT} {y(0.0):.1f}H{RIGHT}"/>')
     parts.append(f'<path class="answer" d="M{LEFT} {y(estimate.seconds):.1f}H{RIGHT + GAP}"/>')
     if len(timeline.counted) <= DOTS:
         centres, best = (timeline.starts_seconds + timeline.window_seconds / 2).tolist(), timeline.best_seconds.tolist()
         parts += [f'<circle class="dot" cx="{x(centres[i]):.1f}" cy="{y(best[i]):.1f}" r="2.6"/>' for i in timeline.counted.tolist()]
-    parts += [f'<text class="end" x="{LEFT - 8}" y="{y(offset) + 5:.1f}">{_offset(offset)}</text>' for offset in range(-2, 3)]
+    parts += [f'<text class="end" x="{LEFT - 8}" y="{y(float(offset)) + 5:.1f}">{_offset(offset)}</text>' for offset in range(-2, 3)]
     parts.append(f'<text class="side" transform="translate(13 {y(1.25):.1f}) rotate(-90)">sound ahead</text>')
     parts.append(f'<text class="side" transform="translate(13 {y(-1.25):.1f}) rotate(-90)">behind</text>')
     parts.append(_distribution(estimate, y))
@@ -151,7 +153,7 @@ def heat_picture(timeline: Timeline) -> UInt8[np.ndarray, "21 columns 3"]:
     return picture
 
 
-def _distribution(estimate: Estimate, y: Any) -> str:
+def _distribution(estimate: Estimate, y: Place) -> str:
     """The whole video's probabilities as bars beside the rows."""
     left, most = RIGHT + GAP, WIDTH - RIGHT - GAP - 44
     top = float(estimate.probabilities.max())
@@ -167,11 +169,11 @@ def _distribution(estimate: Estimate, y: Any) -> str:
     return "".join(parts)
 
 
-def _strip(values: Float[np.ndarray, "windows"], timeline: Timeline, x: Any, top: float) -> str:
+def _strip(values: Float[np.ndarray, "windows"], timeline: Timeline, x: Place, top: int) -> str:
     """How probable it is that a window can be synchronised."""
-    middles = timeline.starts_seconds + timeline.window_seconds / 2
+    middles = (timeline.starts_seconds + timeline.window_seconds / 2).tolist()
     places = np.linspace(0, len(values) - 1, min(len(values), COLUMNS)).round().astype(int)
-    points = " ".join(f"{x(middles[i]):.1f},{top + STRIP_HEIGHT * (1 - values[i]):.1f}" for i in places)
+    points = " ".join(f"{x(middles[i]):.1f},{top + STRIP_HEIGHT * (1 - values[i]):.1f}" for i in places.tolist())
     if len(values) == 1:
         points = f"{LEFT},{top + STRIP_HEIGHT * (1 - values[0]):.1f} {RIGHT},{top + STRIP_HEIGHT * (1 - values[0]):.1f}"
     return (
@@ -181,7 +183,7 @@ def _strip(values: Float[np.ndarray, "windows"], timeline: Timeline, x: Any, top
     )
 
 
-def _sound(timeline: Timeline, first: float, x: Any, top: float) -> str:
+def _sound(timeline: Timeline, first: float, x: Place, top: int) -> str:
     """The loudness under the pictures, from -60 dB to full scale."""
     peaks = timeline.peaks
     columns = min(len(peaks), COLUMNS)
@@ -190,7 +192,8 @@ def _sound(timeline: Timeline, first: float, x: Any, top: float) -> str:
     level = np.clip(1 - 20 * np.log10(np.maximum(loudest, 1e-6)) / QUIETEST_DB, 0, 1)
     bottom = top + SOUND_HEIGHT
     points = "".join(
-        f"L{x(first + (low + high) / 50):.1f} {bottom - SOUND_HEIGHT * v:.1f}" for low, high, v in zip(borders, borders[1:], level, strict=False)
+        f"L{x(first + (low + high) / 50):.1f} {bottom - SOUND_HEIGHT * v:.1f}"
+        for low, high, v in zip(borders.tolist(), borders[1:].tolist(), level.tolist(), strict=False)
     )
     inside = f'<clipPath id="inside"><rect x="{LEFT}" y="{top}" width="{RIGHT - LEFT}" height="{SOUND_HEIGHT}"/></clipPath>'
     return (
@@ -276,7 +279,7 @@ def _table(head: str, rows: str) -> str:
 # Small things
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | int) -> str:
     """`12.4 s` below a minute, then `1:05`, `1:02:05`."""
     if seconds < 60:
         return f"{seconds:g} s" if seconds == round(seconds, 1) else f"{seconds:.2f} s"
@@ -285,7 +288,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _offset(seconds: float) -> str:
+def _offset(seconds: float | int) -> str:
     return f"{seconds:+g} s" if seconds else "0 s"
 
 
