@@ -8,7 +8,7 @@ import io
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -93,8 +93,7 @@ def judge_clips(config: ClipsConfig) -> list[Row]:
     config = replace(config, out=storage.absolute(config.out), **resolved(config))
     clips = find_clips(config)
     store = _Store(config.out, request_id(config), overwrite=config.overwrite)
-    done = {name: row for name, row in store.rows.items() if not (config.retry_failed and row["status"] == "failed")}
-    todo = [clip for clip in clips if _name(clip) not in done or done[_name(clip)]["version"] != clip.version]
+    todo = remaining(clips, store.rows, retry_failed=config.retry_failed)
     print(f"sync: {len(clips) - len(todo)} clips done, {len(todo)} to do", flush=True)
     if todo:
         with store.writing(config.part_clips) as add:
@@ -131,6 +130,16 @@ def find_clips(config: ClipsConfig) -> list[Clip]:
     else:
         clips = discover(discovery(config))
     return clips[: config.limit] if config.limit else clips
+
+
+def remaining(clips: Sequence[Clip], rows: Mapping[Name, Row], *, retry_failed: bool) -> list[Clip]:
+    """The clips that have no row, or that of another version of their file; with `retry_failed` those that failed, too."""
+
+    def is_done(clip: Clip) -> bool:
+        row = rows.get(_name(clip))
+        return row is not None and row["version"] == clip.version and not (retry_failed and row["status"] == "failed")
+
+    return [clip for clip in clips if not is_done(clip)]
 
 
 def is_dataset(source: str) -> bool:
