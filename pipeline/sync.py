@@ -28,8 +28,8 @@ BAR_COLUMNS = 40
 
 
 @dataclass(frozen=True)
-class SyncConfig(ClipsConfig):
-    """Options of `soundshard sync`."""
+class VideoOptions:
+    """What becomes of one video's answer."""
 
     video: str = ""
     """The video to judge: any file or object with pictures and sound."""
@@ -42,6 +42,11 @@ class SyncConfig(ClipsConfig):
     fix: bool = False
     """Write the video to out=FILE with its sound moved by the offset found. The pictures are copied as they are; `out` keeps the source's ending, or
     takes another container's."""
+
+
+@dataclass(frozen=True)
+class SyncConfig(ClipsConfig, VideoOptions):
+    """Options of `soundshard sync`."""
 
 
 def run(config: SyncConfig) -> Timeline | list[dict[str, Any]]:
@@ -74,7 +79,7 @@ def one(config: SyncConfig) -> Timeline:
     estimate = timeline.estimate()
     print("\n".join(report(config.video, timeline, estimate, config.top)), flush=True)
     if config.html:
-        storage.write_bytes(config.html, timeline_html(config.video, timeline, estimate).encode("utf-8", "backslashreplace"))
+        storage.write_bytes(config.html, timeline_html(storage.basename(config.video), timeline, estimate).encode("utf-8", "backslashreplace"))
         print(f"sync: page in {config.html}", flush=True)
     if config.json:
         storage.write_bytes(config.json, json.dumps(as_json(config.video, timeline, estimate), indent=1).encode("utf-8", "backslashreplace"))

@@ -21,7 +21,7 @@ WIDTH, ROW = 1000, 17
 TOP = 10
 SOUND_HEIGHT, STRIP_HEIGHT = 64, 34
 COLUMNS = 784
-"""Most columns of the picture: what is more is averaged."""
+"""Columns of the picture, and points of a line: what is more is averaged."""
 DOTS = 240
 """Most windows whose best offsets are dotted."""
 LISTED = 400
@@ -75,7 +75,7 @@ def _legend(timeline: Timeline) -> str:
             f'<stop offset="{level:.2f}" stop-color="rgb{tuple(_colours(np.array([[level**0.5]]))[0, 0].tolist())}"/>'
             for level in np.linspace(0, 1, 7)
         )
-        + '</linearGradient></defs><rect width="60" height="14" fill="url(#scale)"/></svg>probability of an offset, 0 to 1</span>',
+        + '</linearGradient></defs><rect width="60" height="14" fill="url(#scale)"/></svg>probability of an offset, 0 to 1; a column is a window, at its middle</span>',
         '<span><svg viewBox="0 0 10 14"><circle class="dot" cx="5" cy="7" r="3"/></svg>most probable of a window</span>',
         '<span><svg viewBox="0 0 20 14"><path class="answer" d="M0 7H20"/></svg>the whole video\'s</span>',
     ]
@@ -137,16 +137,15 @@ def _edges(timeline: Timeline) -> Float[np.ndarray, "_"]:
 
 
 def heat_picture(timeline: Timeline) -> UInt8[np.ndarray, "21 columns 3"]:
-    """A column for each stretch of time, the sound furthest ahead at the top. Probabilities are drawn by their roots, so that small ones show."""
+    """Columns of equal stretches of time, the sound furthest ahead at the top. Probabilities are drawn by their roots, so that small ones show."""
     edges = _edges(timeline)
-    columns = min(COLUMNS, max(1, round((edges[-1] - edges[0]) / float(np.diff(edges).min()))))
-    borders = np.linspace(edges[0], edges[-1], columns + 1)
+    borders = np.linspace(edges[0], edges[-1], COLUMNS + 1)
     # A column is of the window that its middle lies in, and where windows are narrower than columns of all that begin in it.
     owners = np.clip(np.searchsorted(edges, (borders[1:] + borders[:-1]) / 2, side="right") - 1, 0, len(timeline.faults) - 1)
     until = np.append(owners[1:], len(timeline.faults))
     counts = np.array([not fault for fault in timeline.faults])
-    picture = np.empty((OFFSET_CLASSES, columns, 3), np.uint8)
-    for column in range(columns):
+    picture = np.empty((OFFSET_CLASSES, COLUMNS, 3), np.uint8)
+    for column in range(COLUMNS):
         good = [number for number in range(owners[column], max(owners[column] + 1, until[column])) if counts[number]]
         level = timeline.probabilities[good].mean(axis=0) if good else None
         picture[:, column] = NOT_COUNTED if level is None else _colours(np.sqrt(level)[::-1, None])[:, 0]
