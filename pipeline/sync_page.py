@@ -75,7 +75,8 @@ def _legend(timeline: Timeline) -> str:
             f'<stop offset="{level:.2f}" stop-color="rgb{tuple(_colours(np.array([[level**0.5]]))[0, 0].tolist())}"/>'
             for level in np.linspace(0, 1, 7)
         )
-        + '</linearGradient></defs><rect width="60" height="14" fill="url(#scale)"/></svg>probability of an offset, 0 to 1; a column is a window, at its middle</span>',
+        + '</linearGradient></defs><rect width="60" height="14" fill="url(#scale)"/></svg>'
+        "probability of an offset, 0 to 1; a column is a window, at its middle</span>",
         '<span><svg viewBox="0 0 10 14"><circle class="dot" cx="5" cy="7" r="3"/></svg>most probable of a window</span>',
         '<span><svg viewBox="0 0 20 14"><path class="answer" d="M0 7H20"/></svg>the whole video\'s</span>',
     ]
