@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 from ray.cluster_utils import Cluster
 
 from configs import storage
@@ -162,9 +164,28 @@ def command_of(process: int) -> str:
     return ""
 
 
-def decoders() -> list[int]:
-    """Every isolated decoding process on this machine that works for a test's clips."""
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and "-m pipeline.isolate" in command_of(int(entry))]
+@contextlib.contextmanager
+def marking() -> Iterator[str]:
+    """All that is started within, and all that this starts, has the mark in its environment: `started` knows it from what other tests run."""
+    mark = f"SOUNDSHARD_TEST={secrets.token_hex(8)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*mark.split("="))
+        yield mark
+
+
+def started(mark: str) -> list[int]:
+    """Every living process that has this mark, whoever its parent is by now."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and mark.encode() in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                found.append(int(entry))
+    return found
+
+
+def decoders(mark: str) -> list[int]:
+    """The isolated decoding processes that have this mark."""
+    return [process for process in started(mark) if "-m pipeline.isolate" in command_of(process)]
 
 
 class Driver:

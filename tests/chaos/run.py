@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from configs import storage
-from tests.chaos.harness import BAD, Driver, Nodes, check, command_of, decoders, descendants, make_inputs, sha256s
+from tests.chaos.harness import BAD, Driver, Nodes, check, command_of, make_inputs, marking, sha256s, started, wait_for
 from tests.pipeline.networks import small_networks
 from tests.s3 import server
 
@@ -73,12 +73,13 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
     arguments += ["clip_memory_mb=600"]
     if job == "prepare":
         arguments += [f"tower.weights={networks['tower']}", f"codec.weights={networks['codec']}", "tower.device=cpu", "actors=2", "chunk_clips=4"]
-    calm = Driver(job, *arguments, f"out={folder / 'calm'}", "ray.num_cpus=2", poison=True)
-    started = time.monotonic()
-    status = calm.wait()
-    calm_seconds = time.monotonic() - started
-    assert status == 0, calm.text
     with contextlib.ExitStack() as stack:
+        mark = stack.enter_context(marking())
+        calm = Driver(job, *arguments, f"out={folder / 'calm'}", "ray.num_cpus=2", poison=True)
+        began = time.monotonic()
+        status = calm.wait()
+        calm_seconds = time.monotonic() - began
+        assert status == 0, calm.text
         s3 = stack.enter_context(server()) if remote else None
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in (s3.environment if s3 else {}).items():
@@ -88,9 +89,9 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
         cluster = stack.enter_context(Nodes({**poison, **(s3.environment if s3 else {})}, nodes))
         driver = Driver(job, *arguments, f"out={out}", f"ray.address={cluster.cluster.address}", "freeze_seconds=20")
         chaos = Chaos(cluster, driver, seed, kill_seconds, node_kills)
-        started = time.monotonic()
+        began = time.monotonic()
         chaos.run()
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - began
         status = driver.wait()
         time.sleep(3)
         print(driver.text)
@@ -102,8 +103,9 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
                 wrong.append(f"{dataset}: other bytes than in the undisturbed run")
         if s3 and (unfinished := s3.unfinished_uploads()):
             wrong.append(f"unfinished uploads {unfinished}")
-    time.sleep(2)
-    if stray := [command_of(process) for process in {*decoders(), *descendants(os.getpid())}]:
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not started(mark), 10)
+    if stray := [command_of(process) for process in started(mark)]:
         wrong.append(f"stray processes {stray}")
     return {
         "clips": clips,
