@@ -1,7 +1,8 @@
-"""Shared fixtures. `SHARED` is the folder of reference material beside the checkout; tests that need it skip where it is absent."""
+"""How the tests are run, and shared fixtures. `SHARED` is the folder of reference material beside the checkout; tests that need it may skip."""
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +15,33 @@ import torch
 from tests.s3 import S3, Faults, Proxy, proxied, server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+WORKER_GIB = 7
+"""Memory that a process of the tests may need with all that it starts: networks of full size, a Ray, a storage server, a browser."""
+MOST_WORKERS = 4
+"""The longest files begin first and last two minutes: more would wait for them."""
+
+
+def pytest_configure() -> None:
+    """Interrupts end what a test starts, from wherever the tests are started: a shell's `&` has them ignored, by children too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`-n auto`: as many processes as there are processors and memory for; none of their own for single files."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    if all(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        return 0
+    processors = len(os.sched_getaffinity(0))
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    workers = min(processors, memory_bytes // (WORKER_GIB << 30), MOST_WORKERS)
+    if workers < 2:
+        return 0
+    # Each computing with as many threads as there are processors, they would mostly wait for each other: a convolution took six times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", str(processors // workers))
+    return workers
 
 
 @pytest.fixture(scope="session")
