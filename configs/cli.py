@@ -14,7 +14,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "train": ("train.vaura", "feature shards -> a run folder with a V-AURA model"),
     "train.sync": ("train.sync", "Synchformer: stage=1 both towers, stage=2 the offset, stage=3 whether there is one"),
     "generate": ("pipeline.generate", "a run folder and videos -> the videos with generated sound"),
-    "sync": ("pipeline.sync", "videos -> by how much their sound and pictures are apart, and the videos put right"),
+    "sync": ("pipeline.sync", "by how much a video's sound and pictures are apart; along it, for many, and put right"),
     "evaluate.sync": ("pipeline.evaluate_sync", "a Synchformer and a media or feature dataset -> the published tables' rows, with intervals"),
     "app": ("pipeline.app", "a page in the browser on which a video gets new sound"),
     "inspect": ("shards.inspect", "what a dataset holds: counts, failures by reason, sizes, provenance; one sample"),

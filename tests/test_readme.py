@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from configs import cli, load
 from pipeline import demo, estimate, generate
 from train import vaura
+from train.sync_contrast import ContrastJob
+from train.sync_pairs import PairJob, SynchronisableJob
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,23 +37,33 @@ def test_every_job_is_there_and_has_help(capsys: pytest.CaptureFixture[str]) -> 
         assert not undocumented, f"{job}: options without a docstring: {undocumented}"
 
 
-def test_options_in_the_readme_exist() -> None:
-    commands = re.findall(r"^soundshard ([\w-]+) (.*)$", README, re.MULTILINE)
-    assert len(commands) >= 5
+def test_options_in_the_readme_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^soundshard ([\w.-]+) (.*)$", README, re.MULTILINE)
+    assert len(commands) >= 15 and {"train.sync", "sync", "evaluate.sync"} <= {job for job, _ in commands}
     for job, arguments in commands:
-        module = importlib.import_module(cli.JOBS[job][0])
-        schema = next(value for name, value in vars(module).items() if name.lower() == f"{job.replace('-', '')}config")
-        load.load(schema, arguments.split("#")[0].split())
+        module, asked = importlib.import_module(cli.JOBS[job][0]), []
+
+        def ask(schema: type, _run: object, argv: list[str], *, command: str, positional: str | None = None, asked: list = asked) -> int:
+            asked.append((schema, argv, command, positional))
+            return 0
+
+        monkeypatch.setattr(module, "job_main", ask)
+        assert module.main(arguments.split("#")[0].split()) == 0
+        ((schema, given, command, positional),) = asked
+        assert command == job
+        load.load(schema, given, positional=positional)
 
 
 def test_every_yaml_fits_its_schema() -> None:
-    schemas = {"demo": demo.DemoConfig, "train_vaura": vaura.TrainConfig, "generate_published": generate.GenerateConfig}
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(schemas)
+    schemas = {"demo", "train_vaura", "generate_published", "train_avclip", "train_sync", "train_synchability"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == schemas
     assert {path.name for path in (ROOT / "configs" / "cluster").glob("*.yaml")} == {"example_cluster.yaml", "rayjob.yaml"}
     load.load(estimate.Cluster, ["config=cluster/example_cluster"])  # the RayJob is Kubernetes' matter: tests/configs/test_cluster_recipes.py
     load.load(demo.DemoConfig, ["config=demo"])
     load.load(generate.GenerateConfig, ["config=generate_published", "run=x", "out=y"])
     load.load(vaura.TrainConfig, ["config=train_vaura", "data=x", "out=y"])
+    for name, schema in (("avclip", ContrastJob), ("sync", PairJob), ("synchability", SynchronisableJob)):
+        load.load(schema, [f"config=train_{name}", "data=x", "out=y"])
     sections = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     for job in {f.name for f in fields(demo.DemoConfig)} & set(cli.JOBS):
         module = importlib.import_module(cli.JOBS[job][0])
