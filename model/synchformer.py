@@ -228,7 +228,7 @@ def load_synchformer(
     synchronisability): positions of the file beyond them are left out, as published. Raises ValueError, with the names, if the file does not
     hold exactly this network.
     """
-    path = sync_weights(name_or_path)
+    path = synchformer_file(name_or_path)
     tensors, stored = load_state(path)
     if stored is not None and stored.get("kind") == MODULE_KIND:
         tensors, stored = _with_towers(tensors, stored, source=path)
@@ -252,7 +252,7 @@ def load_sync_module(
 
     With another `head` than the file's, the new one has random weights. `segments` as there.
     """
-    path = sync_weights(name_or_path)
+    path = synchformer_file(name_or_path)
     tensors, stored = load_state(path)
     settings = _published_settings(tensors, source=path) if stored is None else stored.get("sync")
     if settings is None:
@@ -267,7 +267,7 @@ def load_sync_module(
     return module.to(device)
 
 
-def sync_weights(name_or_path: str | Path) -> Path:
+def synchformer_file(name_or_path: str | Path) -> Path:
     """The weights file of a name, a path, or a run folder (the best weights there, else the latest)."""
     folder = Path(name_or_path)
     if not folder.is_dir():

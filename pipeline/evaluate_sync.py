@@ -27,7 +27,7 @@ from model import avclip, synchformer
 from model.avclip import load_avclip
 from model.segments import CONTRAST, OFFSET, SAMPLES_PER_FRAME, SYNCHRONISABLE, Cut, SegmentGrid, class_seconds, cut_at, draw_cut, draw_offset
 from model.segments import draw_synchronisable as draw_pair
-from model.synchformer import Head, sync_weights
+from model.synchformer import Head, synchformer_file
 from model.weights import load_state, sha256_file
 from pipeline.features import pick_device
 from pipeline.isolate import Limits
@@ -161,7 +161,7 @@ def run(config: EvaluateSyncConfig) -> Evaluation:
 
 def stage_of(weights: str) -> Stage:
     """Of which stage a weights file or run folder is: 1 has towers only, 2 a head for offsets, 3 one for synchronisability."""
-    tensors, stored = load_state(sync_weights(weights))
+    tensors, stored = load_state(synchformer_file(weights))
     if stored is not None and stored.get("kind") not in (avclip.KIND, synchformer.KIND, synchformer.MODULE_KIND):
         raise ValueError(f"{weights}: holds another kind of network; expected Segment AVCLIP or a Synchformer")
     if "transformer.off_head.weight" in tensors:
@@ -172,7 +172,7 @@ def stage_of(weights: str) -> Stage:
 def load_networks(config: EvaluateSyncConfig, stage: Stage, *, towers: bool) -> Networks:
     """The networks that the options ask for, on the device: with `towers` for media, without for stored segments."""
     if stage == 1:
-        model = load_avclip(sync_weights(config.weights), device=pick_device(config.device))
+        model = load_avclip(synchformer_file(config.weights), device=pick_device(config.device))
         return Networks(contrast=Contrast(model, config.window, config.precision, config.batch_segments))
     first = _load(config, config.weights, "offset" if stage == 2 else "synchronisable", towers=towers)
     if stage == 3:
@@ -227,7 +227,7 @@ def _check(config: EvaluateSyncConfig, stage: Stage, listed: Sequence[Listed] | 
 
 def _check_towers(weights: str, stage: Stage, index: Index) -> None:
     """Stored features are those of the towers that made them: stage I is about these, and a network of ours says which it was trained on."""
-    spec, path = index.info.spec, sync_weights(weights)
+    spec, path = index.info.spec, synchformer_file(weights)
     theirs = {"pictures": spec["tower"]["weights_sha256"], "sound": spec["audio"]["tower"]["weights_sha256"]}
     if stage == 1:
         ours = dict.fromkeys(theirs, sha256_file(path))
@@ -403,7 +403,7 @@ ROWS = pa.schema(
 
 def _claim(config: EvaluateSyncConfig, index: Index, listed: Sequence[Listed] | None) -> None:
     """Write what decides the answers to the folder, or check that it holds answers to the same questions."""
-    weights = {name: sha256_file(sync_weights(value)) for name in ("weights", "synchronisability_weights") if (value := getattr(config, name))}
+    weights = {name: sha256_file(synchformer_file(value)) for name in ("weights", "synchronisability_weights") if (value := getattr(config, name))}
     ours: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS} | weights
     ours |= {
         "data_fingerprint": index.info.fingerprint,

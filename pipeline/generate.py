@@ -29,7 +29,8 @@ from configs.clock import FRAME_RATE_HZ
 from configs.load import JobError, job_main, to_plain
 from model.engine import EngineOptions
 from model.run_folder import local_run, named_run, read_config, weights_file
-from model.weights import resolve, sha256_file
+from model.synchformer import synchformer_file
+from model.weights import sha256_file
 from pipeline.discover import VIDEO_SUFFIXES, Clip, DiscoverConfig, discover, key_of
 from pipeline.features import Decoded, Features, TowerOptions
 from pipeline.featurise import cluster_device
@@ -123,7 +124,7 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
         config,
         data=storage.absolute(config.data) if config.data else "",
         out=storage.absolute(config.out),
-        sync_weights=str(resolve(config.sync_weights).absolute()) if config.candidates > 1 else config.sync_weights,
+        sync_weights=str(synchformer_file(config.sync_weights).absolute()) if config.candidates > 1 else config.sync_weights,
     )
     networks = own_networks(config)
     clips, starts = videos(config)
@@ -407,7 +408,7 @@ def request_id(config: GenerateConfig, run: str, starts: dict[str, float]) -> st
         "made": [config.precision, config.engine.weights, config.candidates, config.originals, to_plain(config.normalisation), starts],
     }
     if config.candidates > 1:
-        decides["sync"] = sha256_file(resolve(config.sync_weights))
+        decides["sync"] = sha256_file(synchformer_file(config.sync_weights))
     return fingerprint(decides)[:16]
 
 

@@ -22,7 +22,8 @@ from ray.exceptions import RayError
 from configs import storage
 from configs.load import JobError
 from model.segments import SYNC_CLASS, class_seconds
-from model.weights import resolve, sha256_file
+from model.synchformer import synchformer_file
+from model.weights import sha256_file
 from pipeline.discover import Clip, DiscoverConfig, discover, discovery
 from pipeline.featurise import cluster_device
 from pipeline.isolate import Limits
@@ -118,7 +119,7 @@ def judge_clips(config: ClipsConfig) -> list[Row]:
 def resolved(options: JudgeOptions) -> dict[str, str]:
     """The weights as files, found before hours of work depend on them. Raises FileNotFoundError that says how to get them."""
     names = ["weights"] + (["synchronisability_weights"] if options.synchronisable else [])
-    return {name: str(resolve(getattr(options, name)).absolute()) for name in names}
+    return {name: str(synchformer_file(getattr(options, name)).absolute()) for name in names}
 
 
 def find_clips(config: ClipsConfig) -> list[Clip]:
@@ -151,7 +152,9 @@ def request_id(config: ClipsConfig) -> str:
     """A hash of what decides the answers: networks and options. The weights must be files."""
     names = ("start_seconds", "offset_seconds", "every_seconds", "short_videos", "precision", "synchronisable")
     files = [config.weights] + ([config.synchronisability_weights] if config.synchronisable else [])
-    return fingerprint({"weights": [sha256_file(resolve(file)) for file in files], "options": {name: getattr(config, name) for name in names}})[:16]
+    return fingerprint(
+        {"weights": [sha256_file(synchformer_file(file)) for file in files], "options": {name: getattr(config, name) for name in names}}
+    )[:16]
 
 
 def judge_options(config: JudgeOptions) -> JudgeOptions:

@@ -24,7 +24,7 @@ from model.motion_tower import MotionTower
 from model.segments import OFFSET, SYNCHRONISABLE, SegmentGrid
 from model.sync_metrics import auc_roc, hits
 from model.sync_run import TOWERS, SyncFiles, SyncRun, read_config
-from model.synchformer import Head, SyncConfig, SyncModule, load_sync_module, sync_weights
+from model.synchformer import Head, SyncConfig, SyncModule, load_sync_module, synchformer_file
 from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel, audio_config, load_audio_tower
 from model.synchformer_visual import VisualTower, load_tower, normalise, tower_config
 from model.weights import resolve, sha256_file
@@ -324,7 +324,7 @@ def new_module(config: PairJob, shapes: tuple[Mapping[str, Any], Mapping[str, An
     ]
     if differing:
         raise ValueError(f"init={config.init} is for other towers than those of {', '.join(config.roots)}: {'; '.join(differing)}")
-    return model.train(), sha256_file(sync_weights(config.init))
+    return model.train(), sha256_file(synchformer_file(config.init))
 
 
 Openers = tuple[Callable[[int, int], Any], Callable[[int, int], Any]]
