@@ -15,6 +15,8 @@ SEGMENT_FRAMES = 16
 SEGMENT_TOKENS = 8
 """Video tokens that the visual tower gives for one segment: one per two frames."""
 SEGMENT_SECONDS = Fraction(SEGMENT_FRAMES, FRAME_RATE_HZ)
+SYNCHFORMER_RATE_HZ = 16000
+"""Samples per second of the sound that Synchformer hears."""
 
 
 def segment_count(frames: int, hop_frames: int) -> int:

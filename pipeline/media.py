@@ -4,8 +4,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from configs import storage
+from configs.clock import SYNCHFORMER_RATE_HZ
 from configs.storage import StorageError
-from model.segments import SAMPLE_RATE_HZ
 from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip, picture_pieces, video_frames
 from pipeline.encode import (
     EncodeConfig,
@@ -66,6 +66,6 @@ def training_clip(data: bytes) -> tuple[UInt8[np.ndarray, "frames height width 3
 
     In the caller's process: what is in a media shard was written by this project. Raises MediaError for what cannot be decoded.
     """
-    clip = decode(data, mono_rate_hz=SAMPLE_RATE_HZ)
+    clip = decode(data, mono_rate_hz=SYNCHFORMER_RATE_HZ)
     assert clip.mono is not None
     return clip.frames, clip.mono

@@ -566,3 +566,9 @@ def test_frame_selection_of_vaura(shared: Path, reference_clip: Path) -> None:
             normal.reshape(4, 16, 3, 224, 224), golden[f"start{start}_seg_mean"], golden[f"start{start}_seg_std"], strict=True
         ):
             assert segment.mean() == pytest.approx(mean, abs=1e-6) and segment.std() == pytest.approx(std, abs=1e-5)
+
+
+def test_what_re_encodes_imports_no_torch() -> None:
+    """Every worker of a cluster imports it, and would wait for two seconds longer."""
+    found = subprocess.run([sys.executable, "-c", "import pipeline.reencode, sys; print('torch' in sys.modules)"], capture_output=True, check=True)
+    assert found.stdout == b"False\n"
