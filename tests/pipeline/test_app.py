@@ -258,6 +258,7 @@ def visitor(browser: Any, server: Server) -> Iterator[Any]:
 
 def visit(browser: Any, server: Server) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(120_000)  # for a machine that does other things too
     page.asked, page.broke = [], []
     page.on("request", lambda request: page.asked.append(request.url))
     page.on("pageerror", lambda error: page.broke.append(str(error)))
@@ -288,7 +289,7 @@ def press(page: Any) -> None:
 
 
 def wait_done(page: Any) -> None:
-    page.wait_for_selector("#status .good:not(.before)", timeout=60_000)
+    page.wait_for_selector("#status .good:not(.before)")
     page.wait_for_selector("#result figure.new video")
 
 
