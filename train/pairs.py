@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
-from model.segments import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, SegmentGrid, cut_at, draw_offset, draw_synchronisable, offset_class, offset_grid
+from model.segments import (
+    SAMPLE_RATE_HZ,
+    SAMPLES_PER_FRAME,
+    SYNC_CLASS,
+    SegmentGrid,
+    cut_at,
+    draw_offset,
+    draw_synchronisable,
+    offset_class,
+    offset_grid,
+)
 from model.synchformer import Head
 from shards.pairs import PairDraw
 
@@ -79,10 +89,12 @@ class DrawPair:
 
     stored: StoredGrid
     jitter_seconds: float = 0.0
+    in_sync: bool = False
+    """Only examples without an offset."""
 
     def __call__(self, key: str, rng: random.Random, visual: int, audio: int) -> PairDraw | None:  # noqa: ARG002 - as a list needs it
         grid = self.stored
-        offset, target = draw_target(rng, grid.head, grid.grid)
+        offset, target = (0.0, SYNC_CLASS) if self.in_sync else draw_target(rng, grid.head, grid.grid)
         last_sound = audio - grid.audio_span
         places = [v for v in range(visual - grid.visual_span + 1) if 0 <= grid.sound_at(v, offset * SAMPLE_RATE_HZ) <= last_sound]
         if not places:

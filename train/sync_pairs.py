@@ -8,6 +8,7 @@ Knows Lightning, streams and networks. Knows no media: what decodes them is hand
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,6 +25,7 @@ from model.motion_tower import MotionTower
 from model.segments import OFFSET, SYNCHRONISABLE, SegmentGrid
 from model.sync_metrics import auc_roc, hits
 from model.sync_run import TOWERS, SyncFiles, SyncRun, read_config
+from model.sync_start import scale_answers, start_aligned
 from model.synchformer import Head, SyncConfig, SyncModule, load_sync_module, synchformer_file
 from model.synchformer_audio import AudioTower, AudioTowerConfig, LogMel, audio_config, load_audio_tower
 from model.synchformer_visual import VisualTower, load_tower, normalise, tower_config
@@ -104,6 +106,11 @@ class PairJob(SyncJob):
 
     model: ModuleOptions = field(default_factory=ModuleOptions)
     cut: PairCutOptions = field(default_factory=PairCutOptions)
+    start: Literal["random", "aligned"] = "random"
+    """Weights to begin with where there is no `init`. random: as published; aligned: those of a matched filter, fitted to some clips of the training
+    split, with which stage 2 predicts offsets before its first step and learns on from there. From feature shards only."""
+    start_clips: int = 256
+    """Clips that the aligned start is fitted to."""
     towers: str = "avclip"
     """From media shards: the weights of both towers, a file or a published name. Feature shards say what they were made with."""
     precision_towers: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -133,6 +140,8 @@ class PairJob(SyncJob):
             for name, given in (("strategy=fsdp", trainer.strategy == "fsdp"), ("checkpoint_activations", trainer.checkpoint_activations))
             if given
         ]
+        if self.start == "aligned" and (self.stage != 2 or self.init):
+            raise ValueError("start=aligned is for stage 2 without init: stage 3 begins with stage 2's weights, and init gives others")
         if unfit:
             raise ValueError(f"trainer.{', trainer.'.join(unfit)}: what stages 2 and 3 train is small and fits every device; leave it out")
 
@@ -262,6 +271,8 @@ def run_pairs(config: PairJob) -> Path:
         towers, weights, shapes = None, stored_towers(train[0]), stored_shapes(train[0])
         opener = feature_openers(config, grid, train, validation, listed)
         of: Callable[..., Any] = Pairs.of
+    elif config.start == "aligned":
+        raise ValueError(f"start=aligned is fitted to stored features, and {config.roots[0]} is a media dataset; featurise it, or leave start out")
     else:
         towers = Towers.load(config.towers, DTYPES[config.precision_towers])
         reference = {"path": str(resolve(config.towers).resolve()), "sha256": sha256_file(resolve(config.towers))}
@@ -289,6 +300,8 @@ def run_pairs(config: PairJob) -> Path:
         sample_flops=3 * module_flops(model.config),
     )
     module = PairModule(step_options(config), described, model, towers, compiled=config.trainer.compile)
+    if config.start == "aligned" and start.checkpoint is None:
+        say(align(config, model, train))
     trained_on = "features" if kind == "features" else f"media, with the towers of {config.towers} in every step"
     say(describe(config, train, validation, model, trained_on, config.stream.batch_size, start.step))
     fit.run(module, StreamData(opener[0], opener[1] if validation else None, of), [])
@@ -327,25 +340,49 @@ def new_module(config: PairJob, shapes: tuple[Mapping[str, Any], Mapping[str, An
     return model.train(), sha256_file(synchformer_file(config.init))
 
 
+def align(config: PairJob, model: SyncModule, train: list[Index]) -> str:
+    """Gives the module its aligned start, from clips of the training split; what is to be said of it."""
+    began = time.perf_counter()
+    sample = partial(aligned_sample, config, train)
+    visual, audio, _ = sample(in_sync=True)
+    start_aligned(model, visual, audio)
+    loss = scale_answers(model, *sample(in_sync=False))
+    seconds = time.perf_counter() - began
+    return f"start  aligned, fitted to {len(visual)} clips in {seconds:.0f} s: a loss of {loss:.2f} on them before the first step (chance: 3.04)"
+
+
+def aligned_sample(config: PairJob, train: list[Index], *, in_sync: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Examples of the training split for the aligned start: features in float32, and their classes."""
+    stored = stored_grid(config, config.cut.grid, train[0])
+    clips = min(config.start_clips, sum(index.ok for index in train))
+    stream = replace(pair_stream(config, stored), batch_size=clips, lanes=1, workers=0, pairs_per_clip=1, weights=None)
+    batches = iter(PairStream(train, stream, draw=DrawPair(stored, in_sync=in_sync)))
+    batch = next(batches)
+    batches.close()
+    return batch["visual"].float(), batch["audio"].float(), batch["target"]
+
+
 Openers = tuple[Callable[[int, int], Any], Callable[[int, int], Any]]
 Listed = Mapping[str, tuple[float, float]]
 
 
+def stored_grid(config: PairJob, grid: SegmentGrid, index: Index) -> StoredGrid:
+    """Where the segments lie in what the dataset stores. ValueError where they are not stored."""
+    spec = index.info.spec
+    return StoredGrid(grid, config.head, spec["hop_frames"], spec["audio"]["hop_samples"])
+
+
+def pair_stream(config: PairJob, stored: StoredGrid) -> PairConfig:
+    """How examples are read from feature shards."""
+    options = {name: getattr(config.stream, name) for name in PairConfig.__dataclass_fields__ if hasattr(config.stream, name)}
+    places = {"segments": stored.grid.segments, "visual_stride": stored.visual_stride, "audio_stride": stored.audio_stride}
+    return PairConfig(**{**options, **places, "least_visual": stored.least_visual, "least_audio": stored.least_audio})
+
+
 def feature_openers(config: PairJob, grid: SegmentGrid, train: list[Index], validation: list[Index], listed: Listed | None) -> Openers:
     """Streams of stored features: for training and for validation."""
-    spec = train[0].info.spec
-    stored = StoredGrid(grid, config.head, spec["hop_frames"], spec["audio"]["hop_samples"])
-    options = {name: getattr(config.stream, name) for name in PairConfig.__dataclass_fields__ if hasattr(config.stream, name)}
-    stream = PairConfig(
-        **{
-            **options,
-            "segments": grid.segments,
-            "visual_stride": stored.visual_stride,
-            "audio_stride": stored.audio_stride,
-            "least_visual": stored.least_visual,
-            "least_audio": stored.least_audio,
-        }
-    )
+    stored = stored_grid(config, grid, train[0])
+    stream = pair_stream(config, stored)
     share = share_of(stream, config.trainer.accumulate)
     watched = replace(share, weights=None, pairs_per_clip=1, **({"least_visual": 0, "least_audio": 0} if listed is not None else {}))
     draws = ListedPair(stored, listed) if listed is not None else DrawPair(stored)

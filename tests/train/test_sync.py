@@ -135,6 +135,8 @@ def test_the_published_recipes_are_the_defaults_and_the_yamls():
         (["stage=3", "listing=x.csv"], "listing=x.csv: "),
         (["stage=1"], "is a features dataset; expected a media dataset"),
         (["stage=2", "init=TOWERS"], "expected a Synchformer"),
+        (["stage=2", "start=aligned", "model.width=16", "model.heads=2"], "is too small for the aligned start"),
+        (["stage=3", "start=aligned"], "start=aligned is for stage 2 without init"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(arguments, message, features, towers, tmp_path, capsys):
@@ -240,6 +242,26 @@ def test_media_and_features_give_the_same_loss(media, features, towers, tmp_path
         losses[kind] = row["loss"]
     assert losses["media"] == pytest.approx(losses["features"], abs=2e-3)
     assert load_synchformer(tmp_path / "media").config == load_synchformer(tmp_path / "features").config
+
+
+def test_an_aligned_start_is_said_and_resumed_from(features, tmp_path, capsys):
+    parts = [
+        "stage=2",
+        f"data={features}",
+        f"out={tmp_path}",
+        *SMALL,
+        "start=aligned",
+        "start_clips=3",
+        "model.width=80",
+        "model.heads=2",
+        "model.depth=2",
+    ]
+    assert train(*parts, "trainer.max_steps=2") == 0
+    assert "start  aligned, fitted to 3 clips" in capsys.readouterr().out
+    assert train(*parts, "trainer.max_steps=3") == 0
+    said = capsys.readouterr().out
+    assert "aligned" not in said and "resumes at step 2" in said
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 def test_stage_three_starts_from_stage_two_with_a_new_head(offset_run, features, tmp_path):
