@@ -1,6 +1,6 @@
 """A preparation on a cluster that is being destroyed, checked against one that was left alone.
 
-    python -m tests.chaos.run [clips=300] [bad=30] [seed=0] [nodes=3] [storage=s3|local] [kill_seconds=3] [node_kills=2] [job=prepare|reencode]
+    python -m tests.chaos.run [clips=300] [bad=30] [seed=0] [nodes=3] [storage=s3|local] [kill_seconds=3] [kills=N] [node_kills=2] [job=prepare]
 
 Makes the clips (a tenth of them bad: broken files, and ones that crash, hang or bloat the decoder), prepares them undisturbed on a local Ray into a
 folder, then on a simulated cluster into an S3 server while a seeded script kills a worker process every few seconds and takes whole nodes away.
@@ -38,6 +38,8 @@ class Chaos:
     driver: Driver
     seed: int
     kill_seconds: float
+    kills: int
+    """Workers at most. A slow machine starts them more slowly than they are killed."""
     node_kills: int
     killed: Counter[str] = field(default_factory=Counter)
 
@@ -46,12 +48,13 @@ class Chaos:
         choice, began, node_times = random.Random(self.seed), time.monotonic(), [8.0 + 15 * n for n in range(self.node_kills)]
         while self.driver.process.poll() is None and time.monotonic() - began < LONGEST_SECONDS:
             time.sleep(min(4 * self.kill_seconds, choice.expovariate(1 / self.kill_seconds)))
-            if workers := self.nodes.workers():
+            if self.kills > 0 and (workers := self.nodes.workers()):
                 victim = choice.choice(sorted(workers))
                 name = command_of(victim).split("(")[0].removeprefix("ray::").strip()
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
                     self.killed[f"worker {name}"] += 1
+                    self.kills -= 1
             if node_times and time.monotonic() - began > node_times[0] and self.driver.process.poll() is None:
                 node_times.pop(0)
                 number = choice.randrange(len(self.nodes.nodes))
@@ -65,7 +68,9 @@ class Chaos:
                 self.nodes.add()
 
 
-def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_seconds: float, node_kills: int, job: str, folder: Path) -> dict:
+def run(
+    *, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_seconds: float, kills: int, node_kills: int, job: str, folder: Path
+) -> dict:
     """The whole experiment; returns its figures, `wrong` among them."""
     expected = make_inputs(folder / "in", clips, bad=bad, seed=seed, kinds=BAD)
     networks = small_networks(folder)
@@ -88,7 +93,7 @@ def run(*, clips: int, bad: int, seed: int, nodes: int, remote: bool, kill_secon
         poison = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "poison"), os.environ.get("PYTHONPATH", "")])}
         cluster = stack.enter_context(Nodes({**poison, **(s3.environment if s3 else {})}, nodes))
         driver = Driver(job, *arguments, f"out={out}", f"ray.address={cluster.cluster.address}", "freeze_seconds=20")
-        chaos = Chaos(cluster, driver, seed, kill_seconds, node_kills)
+        chaos = Chaos(cluster, driver, seed, kill_seconds, kills, node_kills)
         began = time.monotonic()
         chaos.run()
         seconds = time.monotonic() - began
@@ -132,6 +137,7 @@ def main(argv: list[str]) -> int:
             nodes=int(options.get("nodes", 3)),
             remote=options.get("storage", "s3") == "s3",
             kill_seconds=float(options.get("kill_seconds", 3)),
+            kills=int(options.get("kills", clips)),
             node_kills=int(options.get("node_kills", 2)),
             job=options.get("job", "prepare"),
             folder=Path(folder),
