@@ -252,6 +252,7 @@ def test_an_aligned_start_is_said_and_resumed_from(features, tmp_path, capsys):
         *SMALL,
         "start=aligned",
         "start_clips=3",
+        "schedule.warmup_steps=1",
         "model.width=80",
         "model.heads=2",
         "model.depth=2",
