@@ -261,7 +261,7 @@ def test_an_aligned_start_is_said_and_resumed_from(features, tmp_path, capsys):
     assert "start  aligned, fitted to 3 clips" in capsys.readouterr().out
     assert train(*parts, "trainer.max_steps=3") == 0
     said = capsys.readouterr().out
-    assert "aligned" not in said and "resumes at step 2" in said
+    assert "start  aligned" not in said and "resumes at step 2" in said
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
