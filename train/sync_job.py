@@ -70,10 +70,12 @@ def resolved(config: Any) -> dict[str, Any]:
     return to_plain(replace(config, schedule=schedule))
 
 
-def describe(config: SyncJob, train: list[Index], validation: list[Index], model: nn.Module, what: str, batch_size: int, step: int) -> str:
+def describe(
+    config: SyncJob, train: list[Index], validation: list[Index], model: nn.Module, what: str, batch_size: int, step: int, begins: str = ""
+) -> str:
     """What is about to happen, in a few lines."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    begin = f"resumes at step {step}" if step else f"from {config.init}" if config.init else "from random weights"
+    begin = begins or (f"resumes at step {step}" if step else f"from {config.init}" if config.init else "from random weights")
     return "\n".join(
         [
             f"data   {', '.join(config.roots)} ({what}): {' + '.join(str(index.ok) for index in train)} training clips, "

@@ -300,10 +300,9 @@ def run_pairs(config: PairJob) -> Path:
         sample_flops=3 * module_flops(model.config),
     )
     module = PairModule(step_options(config), described, model, towers, compiled=config.trainer.compile)
-    if config.start == "aligned" and start.checkpoint is None:
-        say(align(config, model, train))
+    begins = align(config, model, train) if config.start == "aligned" and start.checkpoint is None else ""
     trained_on = "features" if kind == "features" else f"media, with the towers of {config.towers} in every step"
-    say(describe(config, train, validation, model, trained_on, config.stream.batch_size, start.step))
+    say(describe(config, train, validation, model, trained_on, config.stream.batch_size, start.step, begins))
     fit.run(module, StreamData(opener[0], opener[1] if validation else None, of), [])
     best = f", best accuracy {fit.metrics.best:.4f}" if math.isfinite(fit.metrics.best) else ""
     say(f"{folder} is finished: step {config.trainer.max_steps}{best}; `soundshard sync weights={folder}` and `evaluate.sync` use it")
@@ -348,7 +347,7 @@ def align(config: PairJob, model: SyncModule, train: list[Index]) -> str:
     start_aligned(model, visual, audio)
     loss = scale_answers(model, *sample(in_sync=False))
     seconds = time.perf_counter() - began
-    return f"start  aligned, fitted to {len(visual)} clips in {seconds:.0f} s: a loss of {loss:.2f} on them before the first step (chance: 3.04)"
+    return f"aligned, fitted to {len(visual)} clips in {seconds:.0f} s: a loss of {loss:.2f} on them before the first step (chance: 3.04)"
 
 
 def aligned_sample(config: PairJob, train: list[Index], *, in_sync: bool) -> tuple[Tensor, Tensor, Tensor]:
