@@ -1,5 +1,6 @@
 """How the tests are run, and shared fixtures. `SHARED` is the folder of reference material beside the checkout; tests that need it may skip."""
 
+import logging
 import os
 import secrets
 import signal
@@ -68,10 +69,18 @@ def ray_cluster() -> Iterator[None]:
         object_store_memory=200 << 20,
         _node_ip_address="127.0.0.1",
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
+        # Workers stay for the next job, which Ray otherwise starts anew for each: a second of a processor a piece.
+        _system_config={"idle_worker_killing_time_threshold_ms": 600_000, "num_workers_soft_limit": 6},
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_address(ray_cluster: None) -> str:  # noqa: ARG001
+    """That of the same Ray, for jobs in processes of their own that need none of their own."""
+    return ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="session")

@@ -92,17 +92,18 @@ def test_own_clips_are_split_unless_they_say_how(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_whole_path(tmp_path: Path, capfd: pytest.CaptureFixture, ray_address: str) -> None:
     """Every job as its own process on a few small clips, to the page; and again, when nothing runs."""
     arguments = [
         f"out={tmp_path / 'demo'}",
         "page_clips=2",
         "synth={clips: 7, validation: 1, test: 3, seconds: 2.6, width: 96, height: 72}",
-        "reencode={clips_per_shard: 2, encode: {short_side: 72, preset: ultrafast}, ray: {num_cpus: 2}}",
+        f"reencode={{clips_per_shard: 2, encode: {{short_side: 72, preset: ultrafast}}, ray: {{address: '{ray_address}'}}}}",
         "standin={tower: {steps: 3, tower: {image_size: 64, width: 16, channels: 4}}, codec_card: 32, batch_segments: 4}",
+        f"featurise.ray.address={ray_address}",
         "train={model: {layers: 1, width: 32, visual_width: 16, heads: 2}, stream: {segments: 2, batch_size: 4}, schedule: {warmup_steps: 1}, "
         "trainer: {max_steps: 4, val_check_interval: 2, log_every: 1, precision: 32-true, accelerator: cpu}}",
-        "generate={data_split: test}",
+        f"generate={{data_split: test, ray: {{address: '{ray_address}'}}}}",
     ]
     assert demo.main(arguments) == 0
     out = capfd.readouterr().out

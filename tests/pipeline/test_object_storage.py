@@ -14,6 +14,7 @@ from tests.s3 import S3
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("SOUNDSHARD_CACHE", str(tmp_path / "cache"))
     clips, networks = tmp_path / "clips", small_networks(tmp_path)
@@ -36,13 +37,13 @@ def test_from_clips_to_sound_in_object_storage(s3: S3, tmp_path: Path, monkeypat
     small = ("encode.short_side=64", "encode.preset=ultrafast", "clips_per_shard=3", "ray.num_cpus=2", "actors=1", "tower.device=cpu")
     weights = (f"tower.weights={s3.url}/weights/tower.safetensors", f"codec.weights={s3.url}/weights/codec.safetensors")
     local = ("prepare", f"source={clips}", f"out={tmp_path}/data", *small, f"tower.weights={networks['tower']}", f"codec.weights={networks['codec']}")
-    job(*local)
+    here(*local)
     printed = job("prepare", f"source={s3.url}/in", f"out={s3.url}/data", *small, *weights)
     assert "6 ok, 1 failed (undecodable 1)" in printed and f"report in {s3.url}/data/report.html" in printed
     for dataset in ("media", "features"):
         assert check(f"{s3.url}/data/{dataset}", clips, {"text": "undecodable"}) == []
         assert sha256s(f"{s3.url}/data/{dataset}") == sha256s(f"{tmp_path}/data/{dataset}")
-    # Where nothing is left to do no cluster starts, so that these run here.
+    # Where nothing is left to do no worker needs to know where the storage is, so that these run here.
     again = here("prepare", f"source={s3.url}/in", f"out={s3.url}/data", *small, *weights)
     assert "reencode: 3 shards done, 0 to do" in again and "featurise: 3 shards done, 0 to do" in again
     assert "undecodable" in here("inspect", f"{s3.url}/data/features")
