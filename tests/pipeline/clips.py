@@ -7,6 +7,7 @@ absolute time, so a stream that starts late or early simply shows another part o
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache, cached_property
 from pathlib import Path
 
 import av
@@ -51,14 +52,14 @@ class Recipe:
     title: str = ""
     video_options: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def times(self) -> tuple[Fraction, ...]:
         """Start of every picture that is shown."""
         if self.picture_times is not None:
             return tuple(self.start + time for time in self.picture_times)
         return tuple(self.start + n / self.frame_rate for n in range(int(self.seconds * self.frame_rate)))
 
-    @property
+    @cached_property
     def flash(self) -> Fraction:
         """The instant of the flash and the click: the start of a picture, so that the source itself is exact."""
         return self.times[self.flash_picture]
@@ -81,16 +82,22 @@ def wave(recipe: Recipe) -> np.ndarray:
     return samples
 
 
+@cache
+def ground(height: int, width: int) -> np.ndarray:
+    """What does not move: RGB [height, width, 3]."""
+    y, x = np.mgrid[:height, :width]
+    rgb = np.repeat((60 + 30 * np.sin(x / 5.0 + y / 7.0))[..., None], 3, axis=2) + np.array([12, 0, -12])
+    return rgb.clip(0, 255).astype(np.uint8)
+
+
 def picture(recipe: Recipe, time: Fraction) -> np.ndarray:
     """The world at an instant: RGB [height, width, 3]."""
-    y, x = np.mgrid[: recipe.height, : recipe.width]
-    ground = 60 + 30 * np.sin(x / 5.0 + y / 7.0)
-    rgb = np.repeat(ground[..., None], 3, axis=2) + np.array([12, 0, -12])
+    rgb = ground(recipe.height, recipe.width).copy()
     left = int(float(time - recipe.start) * 30) % (recipe.width - 16)
     rgb[8:24, left : left + 16] = (110, 70, 30)
     if 0 <= time - recipe.flash < FLASH_SECONDS:
         rgb[:] = 245
-    return rgb.clip(0, 255).astype(np.uint8)
+    return rgb
 
 
 def make_clip(path: Path, recipe: Recipe | None = None, **changes) -> Recipe:
