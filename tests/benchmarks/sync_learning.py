@@ -1,11 +1,12 @@
 """Synchformer learns: its stages I and II on clips made by program, from nothing, and what they then say of clips that they never saw.
 
     python -m tests.benchmarks.sync_learning [out=] [clips=140] [held_out=20] [stage1_steps=150] [stage2_steps=150] [shift=0.6] [start=aligned]
-        [threads=0]
+        [control=true] [seed=0]
 
 Runs the jobs as a user would: synth (bouncing balls, whose contacts are known), reencode, train.sync stage=1 (a small Segment AVCLIP), featurise with
 both towers, train.sync stage=2 (a small sync transformer), evaluate.sync on the test split, and sync on test clips as they are and with their sound
-moved by `shift` seconds. With `out=FOLDER` the work stays there, and what is done is not done again. Last line: JSON.
+moved by `shift` seconds. Stage II is also asked before its first step and, with `control`, after as many steps from random weights. With `out=FOLDER`
+the work stays there, and what is done is not done again. Last line: JSON.
 
 Chance: 1/7 of the shifted windows, 3 of 21 offsets within one class (14 %).
 """
@@ -47,8 +48,9 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    defaults = {
-        "out": "", "clips": 140, "held_out": 20, "stage1_steps": 150, "stage2_steps": 150, "shift": 0.6, "start": "aligned", "threads": 0, "seed": 0,
+    defaults: dict[str, Any] = {
+        "out": "", "clips": 140, "held_out": 20, "stage1_steps": 150, "stage2_steps": 150, "shift": 0.6, "start": "aligned",
+        "control": True, "seed": 0,
     }  # fmt: skip
     options = OmegaConf.merge(OmegaConf.create(defaults), OmegaConf.from_cli())
     if options.out:
@@ -77,21 +79,29 @@ def run(folder: Path, options: Any) -> None:
     networks = [f"tower.weights={weights}", f"audio.weights={weights}", "codec.name=none"]
     seconds["featurise"] = job("featurise", f"data={media}", f"out={features}", *networks)
     steps = options.stage2_steps
-    seconds["stage2"] = job(
-        "train.sync", "stage=2", f"data={features}", f"out={sync}", *MODULE, *common, f"start={options.start}", "stream.batch_size=16",
+    second = ["stage=2", f"data={features}", *MODULE, *common, "stream.batch_size=16"]
+    taught = [
         "optimiser.learning_rate=0.0005", f"schedule.warmup_steps={max(1, steps // 8)}", "schedule.shape=cosine", f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={max(1, steps // 3)}", "iter_times=4",
-    )  # fmt: skip
+    ]  # fmt: skip
+    untaught = ["optimiser.learning_rate=0.0", "schedule.warmup_steps=0", "trainer.max_steps=1", "trainer.val_check_interval=0"]
+    seconds["stage2"] = job("train.sync", *second, f"out={sync}", f"start={options.start}", *taught)
+    others = {"stage2_before_its_first_step": (folder / "before", options.start, untaught)}
+    if options.control:
+        others["stage2_from_random_weights"] = (folder / "random", "random", taught)
+    for name, (out, start, how) in others.items():
+        seconds[name] = job("train.sync", *second, f"out={out}", f"start={start}", *how)
     found: dict[str, Any] = {}
     for name, data, weights_given, more in (
         ("stage1", media, avclip, []),
         ("stage2", features, sync, ["iter_times=10"]),
+        *((name, features, out, ["iter_times=10"]) for name, (out, _, _) in others.items()),
     ):
         out = folder / f"evaluation_{name}"
         given = [f"data={data}", "split=test", f"weights={weights_given}", f"out={out}", "device=cpu", *more]
         seconds[f"evaluate_{name}"] = job("evaluate.sync", *given)
         rows = [row for row in json.loads((out / "rows.json").read_text())["rows"] if row["label"] is None]
-        found |= {row["measure"]: measured(row) for row in rows}
+        found[name] = {row["measure"]: measured(row) for row in rows}
     offsets = shifted(folder, sync, options)
     result = {
         **{name: value for name, value in options.items() if name != "out"},
