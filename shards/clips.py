@@ -177,12 +177,21 @@ class ClipStream(SampleStream[Clips, ClipCut, ClipBatch]):
         workers = self._config.workers
         pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin, initargs=(self._prepare,))
         pool.submit(int).result()  # all processes begin here, before a thread reads anything
-        ahead = max(self._config.prefetch, math.ceil(2 * workers / self._local))
-        made = prefetched(self._batches(lambda mp4, key, seed: pool.submit(_prepared_here, mp4, key, seed).result, ahead), 1)
+        ahead, asked = max(self._config.prefetch, math.ceil(2 * workers / self._local)), []
+
+        def submit(mp4: bytes, key: str, seed: int) -> Prepared:
+            asked[:] = [future for future in asked if not future.done()]
+            asked.append(pool.submit(_prepared_here, mp4, key, seed))
+            return asked[-1].result
+
+        made = prefetched(self._batches(submit, ahead), 1)
         try:
             yield from made
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            # The pool's own thread cancels only if it gets to it before the pool is collected.
+            for future in tuple(asked):
+                future.cancel()
             made.close()
 
     def _batches(self, submit: Submit, ahead: int) -> Iterator[tuple[int, ClipBatch]]:
