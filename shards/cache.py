@@ -32,6 +32,8 @@ FULL_SECONDS = 60.0
 """How long a process that found no room leaves the folder alone."""
 COUNT = ".bytes"
 log = logging.getLogger(__name__)
+_telling, _told = threading.Lock(), set[Path]()
+"""Folders that failed since a cache was last opened in them, and were told of. For the whole process: one stream may end while another begins."""
 
 
 class RangeCache:
@@ -41,11 +43,12 @@ class RangeCache:
         if storage.is_remote(folder):
             raise ValueError(f"cache_dir is {folder}; expected a folder on a local disk")
         self._folder, self._limit, self._pause_until = Path(folder), limit_bytes, 0.0
-        self._telling, self._told = threading.Lock(), False
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._locked() as count:
             storage.sweep(self._folder)  # what killed processes were writing
             self._set(count, sum(entry.stat().st_size for entry in self._entries()))
+        with _telling:
+            _told.discard(self._folder)
 
     def get(self, found: storage.Stat, start: int, stop: int) -> np.ndarray | None:
         """The bytes [start, stop) of this version of an object, mapped; None if they are not here."""
@@ -76,8 +79,9 @@ class RangeCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             self._pause_until = time.monotonic() + FULL_SECONDS
-            with self._telling:  # many threads may find out at once
-                told, self._told = self._told, True
+            with _telling:  # many threads may find out at once
+                told = self._folder in _told
+                _told.add(self._folder)
             if not told:
                 log.warning("%s: cannot keep what was fetched, going on without (%s)", self._folder, error)
 

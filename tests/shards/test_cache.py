@@ -143,6 +143,21 @@ def test_threads_that_find_a_folder_failing_together_say_so_once(tmp_path, caplo
     assert sum("cannot keep what was fetched" in record.message for record in caplog.records) == 1
 
 
+def test_streams_that_share_a_failing_folder_say_so_once(tmp_path, caplog):
+    """A stream that was left may still be fetching when the next one has begun."""
+    left, next_one = (RangeCache(tmp_path / "cache", 10**6) for _ in range(2))
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    left.put(FOUND, 0, data(0))
+    next_one.put(FOUND, 1, data(1))
+    assert sum("cannot keep what was fetched" in record.message for record in caplog.records) == 1
+    again = RangeCache(tmp_path / "cache", 10**6)  # which makes the folder anew
+    again.put(FOUND, 2, data(2))
+    assert len(files(tmp_path / "cache")) == 1
+    (tmp_path / "cache").rename(tmp_path / "gone_too")
+    again.put(FOUND, 3, data(3))
+    assert sum("cannot keep what was fetched" in record.message for record in caplog.records) == 2
+
+
 # --- with the stream -------------------------------------------------------------------------------------------------------------------
 
 
