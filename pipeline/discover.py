@@ -56,6 +56,12 @@ class Clip:
     """Bytes, as listed when the clip was found."""
     version: str | None = None
     """What changes when the input does: `mtime:<ns>` of a file, `etag:<etag>` of an object, `sha256:<hash>` of what a clip was taken from."""
+    offset: int | None = None
+    """Byte at which the clip begins in a tar: `source` is then `PATH.tar::MEMBER`, `size` the member's, and `version` the tar's."""
+    start_seconds: float | None = None
+    """Where the clip begins in the video, on the video's own clock; None for its beginning."""
+    end_seconds: float | None = None
+    """Where the clip ends in the video, on the video's own clock; None for its end."""
 
 
 @dataclass(frozen=True)

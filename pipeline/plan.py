@@ -50,6 +50,9 @@ COLUMNS = {
     "message": pa.string(),
     "size": pa.int64(),
     "version": pa.string(),
+    "offset": pa.int64(),
+    "start_seconds": pa.float64(),
+    "end_seconds": pa.float64(),
 }
 GROUP_ROWS = 4096
 """Rows that are read at once, in whole shards: what a driver holds of the plan."""
@@ -447,7 +450,8 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 def _shards(table: pa.Table) -> Iterator[ShardPlan]:
     """The shards of one row group."""
-    columns = {name: table.column(name).to_pylist() for name in COLUMNS}
+    # A plan that was written before there were clips in tars, or parts of videos, has no columns for these.
+    columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * table.num_rows for name in COLUMNS}
     names, clips = columns.pop("shard"), []
     for row, values in enumerate(zip(*(columns[name] for name in CLIP_FIELDS), strict=True)):
         clips.append(Clip(*values) if "\\udc" not in values[1] else replace(Clip(*values), source=_path_of(values[1])))

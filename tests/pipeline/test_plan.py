@@ -86,18 +86,20 @@ def test_clips_are_cut_in_order_and_come_back_as_they_were() -> None:
         Clip("a", "/in/a.mp4", "train", "ärger", size=2**40, version="etag:abc"),
         Clip("c", "/in/c\udcff.mp4", "train"),
         Clip("t", "/in/t.mp4", "test", "dog, barking", "missing", "not there: \udce9"),
+        Clip("d", "/in/part.tar::d.mp4", "train", size=11, version="mtime:7", offset=2**41, start_seconds=1.5, end_seconds=3.5),
     ]
     settle_here("out", lambda: clips, [], Options(3))
     plan = Plan("out")
-    t, a, a2, b, c = (*plan.shards(),)[0].clips + (*plan.shards(),)[1].clips + (*plan.shards(),)[2].clips
+    t, a, a2, b, c, d = (clip for shard in plan.shards() for clip in shard.clips)
     assert (plan.names, plan.counts, plan.clips) == (
         ["test-000000", "train-000000", "train-000001"],
-        {"test-000000": 1, "train-000000": 3, "train-000001": 1},
-        5,
+        {"test-000000": 1, "train-000000": 3, "train-000001": 2},
+        6,
     )
-    assert [a, a2, b, c] == [clips[2], clips[1], clips[0], clips[3]] and t == replace(clips[4], message="not there: \\udce9")
+    assert [a, a2, b, c, d] == [clips[2], clips[1], clips[0], clips[3], clips[5]] and t == replace(clips[4], message="not there: \\udce9")
     table = pq.read_table("out/plan.parquet")
-    assert table.column_names == ["shard", "key", "source", "split", "label", "reason", "message", "size", "version"]
+    columns = ["shard", "key", "source", "split", "label", "reason", "message", "size", "version", "offset", "start_seconds", "end_seconds"]
+    assert table.column_names == columns
     assert table.to_pylist()[1] == {
         "shard": "train-000000",
         "key": "a",
@@ -108,7 +110,19 @@ def test_clips_are_cut_in_order_and_come_back_as_they_were() -> None:
         "message": None,
         "size": 2**40,
         "version": "etag:abc",
+        "offset": None,
+        "start_seconds": None,
+        "end_seconds": None,
     }
+    pq.write_table(table.drop_columns(["offset", "start_seconds", "end_seconds"]), "out/plan.parquet")  # as plans were
+    assert [clip for shard in Plan("out").shards() for clip in shard.clips] == [
+        t,
+        a,
+        a2,
+        b,
+        c,
+        replace(clips[5], offset=None, start_seconds=None, end_seconds=None),
+    ]
 
 
 def test_row_groups_hold_whole_shards_and_only_wanted_ones_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
