@@ -44,6 +44,8 @@ class DatasetInfo:
     fingerprint: str
     provenance: dict = field(default_factory=dict)
     """What is worth knowing but decides nothing: paths of weights, versions of tools. Never compared."""
+    view: dict | None = None
+    """Of a view (`shards.view`): `parent`, whose shards it shows, and `selection`, how they were chosen. None for what has shards of its own."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,7 +76,9 @@ def read_info(root: str | os.PathLike) -> DatasetInfo:
         version = fields["schema_version"]
         if version != SCHEMA_VERSION:
             raise DatasetMismatch(f"{path} has schema version {version}; this soundshard reads version {SCHEMA_VERSION}: use the one that wrote it")
-        return DatasetInfo(**{name: fields[name] for name in ("kind", "schema_version", "spec", "fingerprint", "provenance")})
+        return DatasetInfo(
+            **{name: fields[name] for name in ("kind", "schema_version", "spec", "fingerprint", "provenance")}, view=fields.get("view")
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dataset's description: {type(error).__name__}: {error}") from error
 
@@ -83,14 +87,30 @@ def create_or_check(root: str | os.PathLike, info: DatasetInfo) -> None:
     """Writes `dataset.json`, or checks that the one at `root` has the same kind and fingerprint. DatasetMismatch names every field that differs."""
     path = storage.join(root, INFO)
     if storage.is_file(path):
-        differing = differences(read_info(root), info)
+        there = read_info(root)
+        if there.view != info.view:
+            raise DatasetMismatch(f"{root} is {_what(there)}, and {_what(info)} was to be written there; write to another folder")
+        differing = differences(there, info)
         if differing:
             raise DatasetMismatch(
                 f"{root} holds a dataset made otherwise; to continue it use its values, or write to another folder:\n"
                 + "\n".join(f"  {name}: {there!r} there, {here!r} here" for name, there, here in differing)
             )
         return
-    storage.write_bytes(path, json.dumps(asdict(info), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    storage.write_bytes(path, info_bytes(info))
+
+
+def _what(info: DatasetInfo) -> str:
+    return f"a {info.kind} dataset" if info.view is None else f"a view of {info.view['parent']}"
+
+
+def info_bytes(info: DatasetInfo) -> bytes:
+    """The file `dataset.json`. Its `sha256` is over the canonical JSON of its other fields, so that `soundshard verify` can tell any change of it."""
+    fields = asdict(info)
+    if info.view is None:
+        del fields["view"]
+    fields["sha256"] = sha256(json_bytes(fields)).hexdigest()
+    return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def differences(there: DatasetInfo, here: DatasetInfo) -> list[tuple[str, object, object]]:

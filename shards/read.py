@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from configs import storage
 from shards import ledger
-from shards.dataset import DatasetInfo, DatasetMismatch, read_info
+from shards.dataset import DatasetInfo, DatasetMismatch, differences, read_info
 
 log = logging.getLogger(__name__)
 MAX_MAPPED = 256
@@ -56,8 +56,11 @@ class Index:
     Rows are numbered from 0 over the good samples. Can be pickled: maps are opened anew where it arrives.
     """
 
-    def __init__(self, root: str, info: DatasetInfo, table: pa.Table) -> None:
+    def __init__(self, root: str, info: DatasetInfo, table: pa.Table, *, view: str | None = None) -> None:
         self.root, self.info, self.table = root, info, table
+        """Of a view (`shards.view`): the parent's root, where the shards are; the view's description; its rows."""
+        self.view = view
+        """Where the view is; None if this is no view."""
         good = table.filter(pc.field("status") == "ok").combine_chunks()
         self.ok, self.failed = good.num_rows, table.num_rows - good.num_rows
         self.keys: pa.Array = _column(good, "key")
@@ -70,9 +73,10 @@ class Index:
 
     @classmethod
     def open(cls, root: str | os.PathLike, split: str | None = None, *, kind: str | None = None, fingerprint: str | None = None) -> "Index":
-        """The index of the dataset at `root`, from its manifest, or from the ledgers if the manifest is absent, older or incomplete.
+        """The index of the dataset or view at `root`, from its manifest, or from the ledgers if the manifest is absent, older or incomplete.
 
-        `kind` and `fingerprint` are what the caller expects; another one raises DatasetMismatch.
+        `kind` and `fingerprint` are what the caller expects; another one raises DatasetMismatch, as does a view whose parent is not any more what it
+        was made of.
         """
         root = os.fspath(root)
         info = read_info(root)
@@ -80,14 +84,14 @@ class Index:
             raise DatasetMismatch(f"{root} is a {info.kind} dataset; expected a {kind} dataset")
         if fingerprint is not None and info.fingerprint != fingerprint:
             raise DatasetMismatch(f"{root} has fingerprint {info.fingerprint[:12]}; expected {fingerprint[:12]}: it was made with another spec")
-        table = _load(root, info.fingerprint)
+        table = _load(root, info.fingerprint) if info.view is None else _load_view(root, info)
         _check_keys(root, table)
         if split is not None:
             splits = sorted(table["split"].unique().to_pylist())
             if split not in splits:
                 raise ValueError(f"{root} has no split {split!r}; it has {', '.join(splits) or 'no rows at all: no shard of it is finished'}")
             table = table.filter(pc.field("split") == split)
-        return cls(root, info, table)
+        return cls(root, info, table) if info.view is None else cls(parent_of(root, info), info, table, view=root)
 
     @classmethod
     def of_shard(cls, root: str | os.PathLike, name: str) -> "Index":
@@ -104,7 +108,7 @@ class Index:
         chosen = np.unique(np.array([self.row(key) for key in keys] if keys is not None else list(rows or []), np.int64))
         if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < self.ok:
             raise ValueError(f"{self.root} has good samples 0 to {self.ok - 1}; asked for {chosen[0]} to {chosen[-1]}")
-        return Index(self.root, self.info, self.table.filter(pc.field("status") == "ok").take(pa.array(chosen)))
+        return Index(self.root, self.info, self.table.filter(pc.field("status") == "ok").take(pa.array(chosen)), view=self.view)
 
     def __len__(self) -> int:
         return self.ok
@@ -241,6 +245,56 @@ def _load(root: str, fingerprint: str) -> pa.Table:
     found = ledger.listing(root)
     manifest = ledger.open_manifest(root, found, fingerprint)
     return ledger.merge(list(ledger.read_ahead(root, found.ledgers, fingerprint)), fingerprint) if manifest is None else manifest.read()
+
+
+def parent_of(root: str, info: DatasetInfo) -> str:
+    """The dataset whose shards a view shows. Its name is relative where both lie in one folder."""
+    assert info.view is not None
+    parent = info.view["parent"]
+    return storage.join(storage.parent(storage.absolute(root)), parent.removeprefix("../")) if parent.startswith("../") else parent
+
+
+def _load_view(root: str, info: DatasetInfo) -> pa.Table:
+    """A view's rows, once it is certain that the parent's shards are those that they were taken from."""
+    parent = parent_of(root, info)
+    try:
+        there = read_info(parent)
+    except ValueError as error:
+        raise ValueError(f"{root} is a view of {parent}, which cannot be read ({error}); put it back, or make the view again") from error
+    if there.fingerprint != info.fingerprint:
+        differing = "".join(f"\n  {name}: {was!r} in the view, {now!r} there" for name, was, now in differences(info, there))
+        raise DatasetMismatch(f"{root} is a view of {parent}, which was made anew with another spec; make the view again{differing}")
+    try:
+        table = ledger.read(storage.join(root, ledger.MANIFEST), fingerprint=info.fingerprint)
+    except FileNotFoundError as error:
+        raise ValueError(f"{root} is a view, and its {ledger.MANIFEST} is missing; make the view again") from error
+    used = _shards_of([table])
+    now = _shards_now(parent, info.fingerprint, used.keys())
+    changed = sorted(name for name, digest in used.items() if now.get(name) != digest)
+    if changed:
+        raise DatasetMismatch(
+            f"{root} is a view of {parent}, in which {len(changed)} of its {len(used)} shards are gone or were written anew since, for example "
+            f"{changed[0]}; make the view again ({'; '.join(info.view['selection']) if info.view else ''})"
+        )
+    return table
+
+
+def _shards_now(root: str, fingerprint: str, wanted: Collection[str]) -> dict[str, str]:
+    """sha256 of those of the wanted shards that a dataset has, from its manifest, or from their ledgers."""
+    found = ledger.listing(root)
+    manifest = ledger.open_manifest(root, found, fingerprint)
+    if manifest is None:
+        return _shards_of(ledger.read_ahead(root, [name for name in wanted if name in found.ledgers], fingerprint))
+    return _shards_of(map(pa.Table.from_batches, _each(manifest, ["shard", "shard_sha256"])))
+
+
+def _shards_of(tables: Iterable[pa.Table]) -> dict[str, str]:
+    """sha256 of every shard that these rows lie in."""
+    shards: dict[str, str] = {}
+    for table in tables:
+        pairs = table.select(["shard", "shard_sha256"]).group_by(["shard", "shard_sha256"]).aggregate([])
+        shards |= {name: digest for name, digest in zip(*(pairs[name].to_pylist() for name in pairs.column_names), strict=True) if name is not None}
+    return shards
 
 
 def _check_keys(root: str, table: pa.Table) -> None:

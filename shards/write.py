@@ -277,6 +277,8 @@ def write_manifest(root: str | os.PathLike) -> Totals:
 
 
 def _merge(root: str | os.PathLike, found: ledger.Listing, fingerprint: str) -> Totals:
+    if read_info(root).view is not None:  # its manifest is all there is of it
+        raise ValueError(f"{root} is a view, which has no ledgers to make a manifest of; expected a dataset with shards of its own")
     path = storage.join(root, ledger.MANIFEST)
     storage.remove_stale(path)
     # Shards differ in columns only where all of a shard's clips failed: those of the first few are nearly always those of all.
