@@ -1,18 +1,16 @@
-"""`soundshard inspect`: what a dataset holds, from its ledgers, and one sample of it, from its shard. Reads only; knows no meaning of a member."""
+"""What a dataset or view holds, as text: from its ledgers, and one sample of it, from its shard. Reads only; knows no meaning of a member."""
 
 import json
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.load import job_main
-from shards import ledger
+from shards import facts, ledger
 from shards.dataset import leaves
 from shards.read import ArrayMembers, Index
 
@@ -32,7 +30,7 @@ class InspectConfig:
 
 
 def run(config: InspectConfig) -> None:
-    """Show what a dataset holds: counts, failures by reason, sizes, spec and provenance; or one sample by its key."""
+    """Show what a dataset or view holds: counts, failures by reason, sizes, scores, spec and provenance; or one sample by its key."""
     index = Index.open(config.dataset, config.split)
     lines = overview(index) if config.key is None else sample(index, config.key)
     print("\n".join(line.rstrip() for line in lines))
@@ -40,25 +38,33 @@ def run(config: InspectConfig) -> None:
 
 def overview(index: Index) -> Iterator[str]:
     """The report on a dataset, line by line."""
-    info, rows = index.info, index.table
-    found = ledger.listing(index.root)
-    sizes = found.tars
-    yield f"{info.kind} dataset {index.root}"
+    info, found = index.info, ledger.listing(index.root)
+    if index.view is None:
+        yield f"{info.kind} dataset {index.root}"
+    else:
+        yield f"view {index.view} of the {info.kind} dataset {index.root}"
     yield f"fingerprint {info.fingerprint}, schema version {info.schema_version}"
-    yield from ("", "splits", *_table("lrrrrr", _splits(rows, sizes)))
+    if info.view is not None:
+        yield from ("", "selection", *(f"  {line}" for line in info.view["selection"]))
+    yield from ("", "splits", *_table("lrrrrr", _splits(index, found)))
     if index.failed:
-        yield from ("", "failures", *_table("lrl", _failures(rows)))
+        yield from ("", "failures", *_table("lrl", _failures(index)))
     yield from ("", "members of the good clips", *_table("lrrrl", _members(index)))
-    shards = _shards(rows, sizes)
+    scores = facts.scores(index)
+    if scores is not None:
+        yield from ("", "scores of the good clips", *_table("lrrrr", _scores(scores)))
+        for name, clips, message in scores.errors:
+            yield f"  {name} failed on {clips} clips, for example: {textwrap.shorten(message, 120)}"
+    shards = _shards(index, found)
     yield from ("", "shards", *_table("lrrrl", shards[: SHOWN_SHARDS + 1]))
     if len(shards) > SHOWN_SHARDS + 1:
         yield f"  ... and {len(shards) - SHOWN_SHARDS - 1} more"
-    unfinished = sorted(sizes.keys() - found.ledgers.keys())
+    unfinished = sorted(found.tars.keys() - found.ledgers.keys())
     if unfinished:
         yield f"  without a ledger, so not finished: {', '.join(unfinished)}; the job writes them again when it is run again"
     for title, values in (("spec", info.spec), ("provenance", info.provenance)):
-        facts = [(name, json.dumps(value, ensure_ascii=False)) for name, value in leaves(values)] if values else [("(empty)", "")]
-        yield from ("", title, *_table("ll", facts))
+        lines = [(name, json.dumps(value, ensure_ascii=False)) for name, value in leaves(values)] if values else [("(empty)", "")]
+        yield from ("", title, *_table("ll", lines))
 
 
 def sample(index: Index, key: str) -> Iterator[str]:
@@ -67,8 +73,8 @@ def sample(index: Index, key: str) -> Iterator[str]:
     if not found:
         index.row(key)  # which says that there is none
     for row in found:
-        facts = ("key", "status", "reason", "message", "split", "label", "source", "duration_seconds", "shard", "shard_sha256")
-        yield from _table("ll", [(name, str(row[name])) for name in facts if row[name] is not None])
+        named = ("key", "status", "reason", "message", "split", "label", "source", "duration_seconds", "shard", "shard_sha256")
+        yield from _table("ll", [(name, str(row[name])) for name in named if row[name] is not None])
         if row["status"] == "ok":
             number = index.row(key)
             yield from ("", "members", *_table("lrrll", _sample_members(index, number)))
@@ -78,53 +84,54 @@ def sample(index: Index, key: str) -> Iterator[str]:
         yield ""
 
 
-def _splits(rows: pa.Table, sizes: dict[str, int]) -> list[tuple]:
-    """ok, failed, hours of good clips, size of the tars and of a good clip, by split and in total."""
-    lines: list[tuple] = [("", "ok", "failed", "hours", "tars", "per clip")]
-    splits = sorted(rows["split"].unique().to_pylist())
-    parts = [(split, rows.filter(pc.field("split") == split)) for split in splits]
-    for name, part in [*parts, *([("all", rows)] if len(splits) != 1 else [])]:
-        good = part.filter(pc.field("status") == "ok")
-        size = sum(sizes.get(shard, 0) for shard in part["shard"].unique().to_pylist())
-        hours = sum(seconds or 0 for seconds in good["duration_seconds"].to_pylist()) / 3600
-        each = _size(size / good.num_rows) if good.num_rows else "-"
-        lines.append((name, good.num_rows, part.num_rows - good.num_rows, f"{hours:.3f}", _size(size), each))
+def _splits(index: Index, found: ledger.Listing) -> list[tuple]:
+    """ok, failed, hours of good clips, size of the tars (of a view's clips) and of a good clip, by split and in total."""
+    lines: list[tuple] = [("", "ok", "failed", "hours", "tars" if index.view is None else "members", "per clip")]
+    for split in facts.splits(index, found):
+        each = size_text(split.bytes / split.ok) if split.ok else "-"
+        lines.append((split.name, split.ok, split.failed, f"{split.seconds / 3600:.3f}", size_text(split.bytes), each))
     return lines
 
 
-def _failures(rows: pa.Table) -> list[tuple]:
+def _failures(index: Index) -> list[tuple]:
     """Failed clips by reason, most frequent first, with the first one's source and message."""
-    failed = rows.filter(pc.field("status") == "failed").select(["reason", "source", "message"]).to_pylist()
-    first = {row["reason"]: row for row in reversed(failed)}
-    counts = sorted(Counter(row["reason"] for row in failed).items(), key=lambda item: (-item[1], item[0]))
-    examples = {reason: f"{row['source']}: {row['message'] or '(no message)'}" for reason, row in first.items()}
-    return [("reason", "clips", "for example"), *((reason, count, textwrap.shorten(examples[reason], 150)) for reason, count in counts)]
+    lines: list[tuple] = [("reason", "clips", "for example")]
+    for failure in facts.failures(index):
+        source, message = failure.examples[0]
+        lines.append((failure.reason, failure.clips, textwrap.shorten(f"{source}: {message or '(no message)'}", 150)))
+    return lines
 
 
 def _members(index: Index) -> list[tuple]:
     lines: list[tuple] = [("extension", "clips", "size", "per clip", "arrays")]
-    for extension, members in index.members.items():
-        present = members.offset >= 0
-        if present.any():
-            size = int(members.size[present].sum())
-            arrays = _shape_range(members.shape[present], members.dtype) if isinstance(members, ArrayMembers) else ""
-            lines.append((extension, int(present.sum()), _size(size), _size(size / present.sum()), arrays))
+    for member in facts.members(index):
+        lines.append((member.extension, member.clips, size_text(member.bytes), size_text(member.bytes / member.clips), array_text(member)))
     return lines
 
 
-def _shape_range(shapes: np.ndarray, dtype: np.dtype) -> str:
-    bounds = zip(shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist(), strict=True)
-    return f"{dtype.name} [{', '.join(str(low) if low == high else f'{low} to {high}' for low, high in bounds)}]"
+def array_text(member: facts.MemberFacts) -> str:
+    """`float16 [1, 3 to 4, 8, 768]`; nothing for what is no array."""
+    bounds = zip(member.least, member.most, strict=True)
+    return f"{member.dtype} [{', '.join(str(low) if low == high else f'{low} to {high}' for low, high in bounds)}]" if member.dtype else ""
 
 
-def _shards(rows: pa.Table, sizes: dict[str, int]) -> list[tuple]:
-    found: dict[str, Counter] = {}
-    digests: dict[str, str] = {}
-    for row in rows.select(["shard", "status", "shard_sha256"]).to_pylist():
-        found.setdefault(row["shard"], Counter())[row["status"]] += 1
-        digests[row["shard"]] = row["shard_sha256"]
-    lines = [(name, count["ok"], count["failed"], _size(sizes[name]) if name in sizes else "no tar", digests[name]) for name, count in found.items()]
-    return [("", "ok", "failed", "tar", "sha256"), *lines]
+def _scores(scores: facts.Scores) -> list[tuple]:
+    lines: list[tuple] = [("", "clips", "least", "median", "most")]
+    for score in scores.columns:
+        known = score.known
+        if score.is_flag and len(known):
+            lines.append((score.name, len(known), "", f"{known.mean():.1%} true", ""))
+        else:
+            quantiles = np.quantile(known, (0, 0.5, 1)).tolist() if len(known) else []
+            lines.append((score.name, len(known), *(f"{value:.4g}" for value in quantiles), *("-",) * (3 - len(quantiles))))
+    return lines
+
+
+def _shards(index: Index, found: ledger.Listing) -> list[tuple]:
+    lines: list[tuple] = [("", "ok", "failed", "tar", "sha256")]
+    for shard in facts.shards(index, found):
+        lines.append((shard.name, shard.ok, shard.failed, "no tar" if shard.tar_bytes is None else size_text(shard.tar_bytes), shard.sha256))
+    return lines
 
 
 def _sample_members(index: Index, row: int) -> list[tuple]:
@@ -140,7 +147,8 @@ def _sample_members(index: Index, row: int) -> list[tuple]:
     return lines
 
 
-def _size(count: int | float) -> str:
+def size_text(count: int | float) -> str:
+    """Bytes in decimal units, three digits of them."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
