@@ -22,6 +22,8 @@ from configs import storage
 from shards import ledger
 from shards.dataset import DatasetInfo, DatasetMismatch, differences, read_info
 
+START = "start_seconds"
+"""Where in its clip the stretch that is meant begins: a column that only views have."""
 log = logging.getLogger(__name__)
 MAX_MAPPED = 256
 """Shards kept mapped at a time: each holds a file descriptor, of which a process commonly has 1,024. A view keeps its own map alive."""
@@ -62,6 +64,8 @@ class Index:
         self.view = view
         """Where the view is; None if this is no view."""
         good = table.filter(pc.field("status") == "ok").combine_chunks()
+        self.start_seconds: np.ndarray | None = _column(good, START).fill_null(0.0).to_numpy() if START in good.column_names else None
+        """Where in each good clip the stretch that a list means begins; None but for a view that was made with such a list."""
         self.ok, self.failed = good.num_rows, table.num_rows - good.num_rows
         self.keys: pa.Array = _column(good, "key")
         encoded = _column(good, "shard").dictionary_encode()

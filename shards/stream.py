@@ -54,7 +54,7 @@ class WindowCut(Cut):
 class FeatureStream(CutStream[Windows, WindowCut, Batch]):
     """Windows of feature datasets: see `shards.samples.SampleStream`.
 
-    Training draws a window's start and its view. Evaluation takes view 0 from the clip's start.
+    Training draws a window's start and its view. Evaluation takes view 0 from the clip's start, or from where a view's list says.
     """
 
     _config: StreamConfig
@@ -82,7 +82,7 @@ class FeatureStream(CutStream[Windows, WindowCut, Batch]):
     def _cut(self, dataset: int, picked: Picked) -> WindowCut:
         rows, windows, seed = picked.rows, self._sources[dataset], self._seeds[dataset]
         if not self._shuffle:
-            return WindowCut(picked.slots, rows, np.zeros_like(rows), np.zeros_like(rows))
+            return WindowCut(picked.slots, rows, windows.given[rows], np.zeros_like(rows))
         keys = rows * self._takes + picked.takes
         starts = counter_hash(seed, START, picked.epochs, keys) % windows.starts[rows].astype(np.uint64)
         views = counter_hash(seed, VIEW, picked.epochs, keys) % windows.views[rows].astype(np.uint64)

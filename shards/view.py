@@ -22,9 +22,6 @@ from shards import ledger
 from shards.dataset import INFO, info_bytes, read_info
 from shards.read import Index
 
-START = "start_seconds"
-"""Where in its clip the stretch that is meant begins: a column that only views have."""
-
 
 def write_view(out: str | os.PathLike, index: Index, table: pa.Table, *, selection: Sequence[str], overwrite: bool = False) -> None:
     """Writes a view with the rows of `table`: chosen from `index.table`, in any order, with other splits or labels if wanted, and with failed rows

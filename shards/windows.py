@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
-from configs.clock import SEGMENT_FRAMES, SEGMENT_SECONDS, SEGMENT_TOKENS, CodecClock, check_hop, window_starts
+from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_SECONDS, SEGMENT_TOKENS, CodecClock, check_hop, window_starts
 from shards.blocks import FetchConfig
 from shards.dataset import DatasetMismatch
 from shards.read import ArrayMembers, Index
@@ -64,6 +64,9 @@ class Windows(Source):
         self.starts = np.minimum(by_count[stored], np.searchsorted(self._first_step + self._steps, steps, side="right"))
         """How many hop indices may begin a window, by row of the index."""
         self.views = features.shape[:, 0]
+        given = np.zeros(len(index)) if index.start_seconds is None else np.round(index.start_seconds * FRAME_RATE_HZ / hop)
+        self.given = np.clip(given, 0, np.maximum(self.starts - 1, 0)).astype(np.int64)
+        """The hop index nearest to where a view says that a clip's stretch begins; 0 where nothing says it."""
         self._pad, short = short_clips == "pad", self.starts == 0
         # What there is of a window: all of it, but where a short clip is padded.
         whole = np.array([clock.steps_in(count) for count in range(segments + 1)])

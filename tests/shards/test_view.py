@@ -173,6 +173,43 @@ def test_a_trainer_sees_each_clip_of_a_view_once_per_epoch(tmp_path, parent):
     assert sorted(seen[: len(view)]) == sorted(seen[len(view) : 2 * len(view)]) == expected
 
 
+def test_evaluation_begins_where_a_list_says(tmp_path, parent):
+    """At the nearest stored segment, and not so late that no window is left."""
+    starts = {0: 0.0, 1: 0.3, 2: 0.5, 4: 99.0, 9: None}  # of 1, 2, 3, 5 and 5 segments, 0.32 s apart
+    index = Index.open(parent)
+    rows = chosen(index, starts)
+    given = [starts[int(key[5:])] for key in rows["key"].to_pylist()]
+    write_view(tmp_path / "view", index, rows.append_column("start_seconds", pa.array(given, pa.float64())), selection=["starts"])
+    (batch,) = FeatureStream(Index.open(tmp_path / "view"), StreamConfig(batch_size=5, segments=1), shuffle=False)
+    assert batch["keys"] == [f"clip_{number:02d}" for number in starts]
+    for number, first, features in zip(starts, (0, 1, 2, 4, 0), batch["features"], strict=True):
+        members = entry(number).members
+        assert members is not None
+        np.testing.assert_array_equal(features.numpy()[0], np.asarray(members["avclip.npy"])[0, first])
+
+
+def test_views_in_an_object_store(tmp_path, parent, s3):
+    """A dataset there, seen from a folder and from beside it; and copied within the store."""
+    remote = f"{s3.url}/parent"
+    for name in storage.names(parent):
+        storage.write_bytes(f"{remote}/{name}", (parent / name).read_bytes())
+    expected: dict[str, bytes] = {}
+    for place, out in ((str(parent), str(tmp_path / "a")), (remote, str(tmp_path / "b")), (remote, f"{s3.url}/c")):
+        index = Index.open(place)
+        write_view(out, index, chosen(index, range(0, 37, 2)), selection=["even"])
+        view = Index.open(out)
+        stream = FeatureStream(view, StreamConfig(batch_size=4, segments=2, lanes=2))
+        batches = iter(stream)
+        batch = next(batches)
+        batches.close()
+        keys = {f"clip_{number:02d}" for number in range(0, 37, 2)}
+        assert view.root == place and set(batch["keys"]) <= keys
+        materialise(out, f"{out}-copy", clips_per_shard=3)
+        copied = {name: storage.read_bytes(f"{out}-copy/{name}") for name in storage.names(f"{out}-copy") if name != "dataset.json"}
+        expected = expected or copied
+        assert copied == expected and len(copied) > 5
+
+
 @pytest.mark.parametrize("size", [None, 4, 100])
 def test_a_materialised_view_is_what_preparing_only_those_clips_writes(tmp_path, parent, size):
     index = Index.open(parent)
