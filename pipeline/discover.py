@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 from configs import storage
+from pipeline.tars import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 KEY_BYTES = 80
 """Longest key in UTF-8: with the longest member name after it, it fits the 100 bytes of a ustar header."""
 VGGSOUND_SECONDS = 10

@@ -1,0 +1,484 @@
+"""Videos inside tar files: where each one lies, so that it is read by its range of bytes and nothing is unpacked; compressed tars, which must be.
+
+Knows tar headers, and files by their paths, local or in object storage. Knows no lists, no clips and no media, and imports little: planning does.
+
+Headers are read one after the other, payloads are skipped: a part of 25 GB costs some MB. POSIX (ustar and pax), GNU and the oldest tars are
+understood, hard and symbolic links inside a tar, and several tars in one file. What a damaged file may have lost cannot be told, so damage is an
+error and never a shorter list.
+"""
+
+import bz2
+import hashlib
+import json
+import logging
+import lzma
+import os
+import posixpath
+import re
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from configs import storage
+from configs.storage import Stat
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+TAR_SUFFIXES = (".tar", *PACKED_SUFFIXES)
+INSIDE = "::"
+"""Between a tar's path and a member's name in a clip's source."""
+SOURCE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, TAR_SUFFIXES))})){INSIDE}(.+)", re.DOTALL | re.IGNORECASE)
+HIDDEN = re.compile(r"(?:^|/)\.(?!\./)")
+BLOCK = 512
+ZEROS = bytes(BLOCK)
+RECORD = 20 * BLOCK
+"""What tars are filled up to with zeros."""
+WINDOW_BYTES = 4096
+"""Read at once where a header is: also the header after a member as small as a clip's json."""
+SCAN_BYTES = 1 << 20
+MOST_LINKS = 8
+"""That lead from one to the next."""
+LISTING_THREADS = 32
+KEPT_MEMBERS = 256
+"""Lists at least this long are kept in the cache folder: headers lie a seek or a request apart."""
+UNPACKING_THREADS = 8
+PIECE_BYTES = 8 << 20
+FED_BYTES = 1 << 20
+"""Decompressed at once: what it may become is bounded."""
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"(\xb5/\xfd": "zstd"}
+"""How compressed files begin, whatever they are called."""
+REGULAR, HARD_LINK, LINK, EMPTY_KINDS = b"0", b"1", b"2", b"3456"
+LONG_NAME, LONG_LINK, EXTENDED, EXTENDED_FOR_ALL, SPARSE, CONTINUED = b"L", b"K", b"x", b"g", b"S", b"M"
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(wbits=31),
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
+log = logging.getLogger(__name__)
+
+
+class TarVideo(NamedTuple):
+    """A video in a tar: its bytes are `[offset, offset + size)` of the file."""
+
+    member: str
+    """Its path in the tar, without `./`."""
+    offset: int
+    size: int
+
+
+class ReplacedTar(ValueError):  # noqa: N818 - what it is called says what was found
+    """A tar that is not the one in which a member was found."""
+
+
+# --- names ----------------------------------------------------------------------------------------------------------------------------
+
+
+def is_tar(path: str) -> bool:
+    """Whether a file is called like a tar, plain or compressed."""
+    return path.lower().endswith(TAR_SUFFIXES)
+
+
+def source_of(path: str, member: str) -> str:
+    """What a member of a tar is called where a file's path could stand: `PATH.tar::MEMBER`."""
+    return f"{path}{INSIDE}{member}"
+
+
+def tar_of(source: str) -> tuple[str, str]:
+    """The tar's path and the member's name out of `PATH.tar::MEMBER`."""
+    match = SOURCE.fullmatch(source)
+    assert match is not None, f"{source!r} is no member of a tar"
+    return match[1], match[2]
+
+
+# --- what a tar holds -----------------------------------------------------------------------------------------------------------------
+
+
+def videos(path: str) -> Iterator[TarVideo]:
+    """The videos of one plain tar, in its order, links last; names that begin with a dot are passed over, as in folders.
+
+    A link has the bytes that it leads to, none (size 0) where it leads nowhere. FileNotFoundError if there is no such file; ValueError, once it is
+    reached, for what is compressed, truncated, damaged or no tar.
+    """
+    found = storage.stat(path)
+    if found is None:
+        raise FileNotFoundError(2, "no such file", path)
+    yield from _videos(_File(found))
+
+
+def listed(paths: Sequence[str]) -> Iterator[tuple[Stat, list[TarVideo]]]:
+    """Many tars as they are now, each with its videos, in the order given; several are read at a time. Raises what `videos` raises.
+
+    Lists of large tars are kept in the cache folder, by path, size and version.
+    """
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        try:
+            yield from tqdm(pool.map(_listed, paths), total=len(paths), desc="tar headers", unit="tar", delay=5.0, mininterval=_interval())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _listed(path: str) -> tuple[Stat, list[TarVideo]]:
+    found = storage.stat(path)
+    if found is None:
+        raise FileNotFoundError(2, "no such file", path)
+    name = hashlib.sha256(f"{path} {found.size} {found.version}".encode(errors="surrogateescape")).hexdigest()[:32]
+    kept = storage.cache_dir() / "tars" / f"{name}.json"
+    if (known := _known(kept)) is not None:
+        return found, known
+    file = _File(found)
+    members = list(_videos(file))
+    if file.headers >= KEPT_MEMBERS:
+        try:
+            storage.write_bytes(kept, json.dumps(members).encode())
+        except OSError as error:
+            log.warning("%s: %s; the headers of %s are read again next time", kept, error, path)
+    return found, members
+
+
+def _known(kept: os.PathLike) -> list[TarVideo] | None:
+    try:
+        return [TarVideo(*video) for video in json.loads(storage.read_bytes(kept))]
+    except FileNotFoundError:
+        return None
+
+
+def _interval() -> float:
+    """Seconds between two drawings of a bar: a log file gets few."""
+    return 0.5 if sys.stderr.isatty() else 30.0
+
+
+class _File:
+    """A file's bytes by position, read a window at a time."""
+
+    def __init__(self, found: Stat) -> None:
+        self.path, self.size = found.path, found.size
+        self.headers = 0
+        self._found, self._stop = found, threading.Event()
+        self._start, self._data = 0, b""
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes `[start, end)`, fewer where the file ends."""
+        end = min(end, self.size)
+        if not self._start <= start <= end <= self._start + len(self._data):
+            stop = min(max(end, start + WINDOW_BYTES), self.size)
+            self._start, self._data = start, self._range(start, stop)
+        return self._data[start - self._start : end - self._start]
+
+    def _range(self, start: int, end: int) -> bytes:
+        if end <= start:
+            return b""
+        if storage.is_remote(self.path):
+            return bytes(storage.read_range(self._found, start, end, stop=self._stop))
+        with open(self.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), end - start, start)
+
+    def next_data(self, at: int) -> int | None:
+        """The first block from `at` on that is not all zeros; None if there is none."""
+        for start in range(at, self.size, SCAN_BYTES):
+            data = self._range(start, min(start + SCAN_BYTES, self.size))
+            if left := len(data.lstrip(b"\0")):
+                return start + (len(data) - left) // BLOCK * BLOCK
+        return None
+
+
+class _Header(NamedTuple):
+    """A block that begins a member."""
+
+    name: str
+    kind: bytes
+    size: int
+    link: str
+
+
+class _Entry(NamedTuple):
+    """A member: its header with what long headers before it said, and where its bytes begin."""
+
+    name: str
+    kind: bytes
+    size: int
+    link: str
+    offset: int
+    sparse: bool
+
+
+def _videos(file: _File) -> Iterator[TarVideo]:
+    places: dict[str, tuple[int, int]] = {}
+    links: list[tuple[str, str, int]] = []
+    for entry in _entries(file):
+        name = posixpath.normpath(entry.name)
+        if entry.kind in (HARD_LINK, LINK):
+            beside = posixpath.dirname(name) if entry.kind == LINK else ""
+            links += [(name, posixpath.normpath(posixpath.join(beside, entry.link)), entry.offset)] if _is_video(name) else []
+            continue
+        places[name] = entry.offset, entry.size
+        if _is_video(name):
+            if entry.sparse:
+                raise ValueError(f"{file.path}: {name} is stored without its holes, so its bytes are not all there; make the tar without --sparse")
+            yield TarVideo(name, entry.offset, entry.size)
+    leads_to = {name: target for name, target, _ in links}
+    for name, target, offset in links:
+        for _ in range(MOST_LINKS):
+            target = leads_to.get(target, target)
+        yield TarVideo(name, *places.get(target, (offset, 0)))
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_SUFFIXES) and HIDDEN.search(name) is None
+
+
+def _entries(file: _File) -> Iterator[_Entry]:
+    """The members that have names: files and links."""
+    at, more = 0, dict[str, str]()
+    _check_kind(file)
+    while at < file.size:
+        block = file.read(at, at + BLOCK)
+        if block == ZEROS:
+            # The end; but there may be another tar after it, and a header that was lost must not pass for the end.
+            after = file.next_data(at)
+            if after is None:
+                if at == 0 and file.size > RECORD:
+                    raise ValueError(f"{file.path} holds nothing but zeros; fetch it again")
+                return
+            at, block = after, file.read(after, after + BLOCK)
+        header = _header(block)
+        if header is None:
+            raise _damaged(file, at)
+        file.headers += 1
+        start, size = at + BLOCK, int(more.get("size", header.size))
+        stored = 0 if header.kind in (HARD_LINK, LINK) or header.kind in EMPTY_KINDS else size
+        at = start + -(-stored // BLOCK) * BLOCK
+        if start + stored > file.size:
+            raise ValueError(
+                f"{file.path} ends at byte {file.size}, inside {header.name}, which goes on to byte {start + stored}: it is truncated, and what came "
+                "after that is not known; fetch it again"
+            )
+        if header.kind in (LONG_NAME, LONG_LINK):
+            name = "path" if header.kind == LONG_NAME else "linkpath"
+            more[name] = _text(file.read(start, start + size).partition(b"\0")[0])
+        elif header.kind == EXTENDED:
+            more |= _records(file.read(start, start + size), file, start)
+        elif header.kind == CONTINUED:
+            raise ValueError(f"{file.path} begins with the rest of {header.name}, which another volume of this tar begins; make it in one volume")
+        else:
+            if header.kind != EXTENDED_FOR_ALL and header.kind not in EMPTY_KINDS:
+                sparse = header.kind == SPARSE or any(name.startswith("GNU.sparse.") for name in more)
+                name, link = more.get("path", header.name), more.get("linkpath", header.link)
+                yield _Entry(name, header.kind, size, link, start, sparse)
+            more = {} if header.kind != EXTENDED_FOR_ALL else more
+
+
+def _check_kind(file: _File) -> None:
+    """ValueError for a file that is no plain tar, from how it begins."""
+    start = file.read(0, BLOCK)
+    if kind := _compression(start):
+        raise ValueError(
+            f"{file.path} is compressed ({kind}), and a video in it cannot be reached without unpacking all before it; unpack=FOLDER writes the "
+            "plain tar there, once"
+        )
+    if len(start) < BLOCK or (start != ZEROS and _header(start) is None):
+        what = "has 0 bytes" if not start else f"is no tar: it begins with {start[:16]!r}"
+        raise ValueError(f"{file.path} {what}; fetch it again, or give it another name if it is something else")
+
+
+def _damaged(file: _File, at: int) -> ValueError:
+    return ValueError(
+        f"{file.path} is damaged: after {file.headers} headers, the next one should be at byte {at}, and there is none. What came after that is not "
+        "known; fetch it again"
+    )
+
+
+def _compression(start: bytes) -> str | None:
+    return next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
+
+
+def _header(block: bytes) -> _Header | None:
+    """What a header block says; None if it is none, by its checksum (of unsigned bytes, or as some old tars have it, of signed ones)."""
+    if len(block) < BLOCK:
+        return None
+    told = _number(block[148:156])
+    unsigned = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if told != unsigned and told != unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
+        return None
+    size = _number(block[124:136])
+    if size is None:
+        return None
+    name = _text(block[:100].partition(b"\0")[0])
+    if block[257:263] == b"ustar\0" and block[345]:
+        prefix = _text(block[345:500].partition(b"\0")[0])
+        name = f"{prefix}/{name}"
+    kind = REGULAR if block[156:157] in (b"\0", b"7") else block[156:157]
+    if kind == REGULAR and name.endswith("/"):  # how folders were before they had a kind
+        kind = b"5"
+    return _Header(name, kind, size, _text(block[157:257].partition(b"\0")[0]))
+
+
+def _number(field: bytes) -> int | None:
+    """A number of a header: octal digits, or GNU's bytes after one that says so. None if it is neither."""
+    if field[0] == 0o200:
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip()
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+
+
+def _records(data: bytes, file: _File, start: int) -> dict[str, str]:
+    """A pax header's `length name=value` lines."""
+    found, at = dict[str, str](), 0
+    while at < len(data) and data[at]:
+        match = re.compile(rb"(\d{1,12}) ([^=]+)=").match(data, at)
+        if match is None or data[at + int(match[1]) - 1 : at + int(match[1])] != b"\n":
+            raise _damaged(file, start + at)
+        found[_text(match[2])] = _text(data[match.end() : at + int(match[1]) - 1])
+        at += int(match[1])
+    if not re.fullmatch(r"\d+", found.get("size", "0")):
+        raise _damaged(file, start)
+    return found
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+# --- reading a member -----------------------------------------------------------------------------------------------------------------
+
+
+def member_bytes(source: str, offset: int, size: int) -> bytes:
+    """The bytes of a member (`PATH.tar::MEMBER`) that lies at `offset`, with one reading.
+
+    FileNotFoundError if there is no such tar, ReplacedTar where it is another one now: the header before the bytes is read with them.
+    """
+    path, member = tar_of(source)
+    data = storage.read_bytes(path, offset - BLOCK, offset + size)
+    header = _header(data[:BLOCK])
+    if header is None or len(data) != BLOCK + size:
+        raise ReplacedTar(f"{path} does not have {member} at byte {offset} any more: it was replaced or cut short since it was listed")
+    return data[BLOCK:]
+
+
+# --- compressed tars ------------------------------------------------------------------------------------------------------------------
+
+
+def unpacked(paths: Sequence[str], folder: str) -> list[str]:
+    """Plain tars for all of these, in the same order: those that are plain as they are, compressed ones (gzip, bzip2, xz) written to `folder`, once.
+
+    Several are unpacked at a time, each appears whole or not at all, and one that is there from an earlier call stays if the compressed file is the
+    same still. ValueError for a file that is damaged or no compressed tar; those that are finished by then are kept.
+    """
+    common = posixpath.commonprefix([f"{storage.parent(path)}/" for path in paths]).rpartition("/")[0] + "/"
+    plain: list[str] = []
+    packed: list[tuple[Stat, str]] = []
+    for path in paths:
+        found = storage.stat(path)
+        if found is None:
+            raise FileNotFoundError(2, "no such file", path)
+        if _compression(storage.read_bytes(path, 0, 8)) is None:
+            plain.append(path)
+        else:
+            plain.append(storage.join(folder, _plain_name(path.removeprefix(common))))
+            packed.append((found, plain[-1]))
+    if len(set(plain)) < len(plain):
+        twice = next(path for path in plain if plain.count(path) > 1)
+        raise ValueError(f"{twice} would be the place of several files; unpack them with one call each, to folders of their own")
+    _unpack_all([(found, target) for found, target in packed if not _is_unpacked(found, target)])
+    return plain
+
+
+def _plain_name(name: str) -> str:
+    ending = next((suffix for suffix in PACKED_SUFFIXES if name.lower().endswith(suffix)), ".tar" if name.lower().endswith(".tar") else "")
+    return name[: len(name) - len(ending)] + ".tar"
+
+
+def _note(target: str) -> str:
+    """Beside a tar that was unpacked: what from."""
+    return f"{target}.from.json"
+
+
+def _told(found: Stat) -> dict[str, Any]:
+    return {"source": found.path, "size": found.size, "version": found.version}
+
+
+def _is_unpacked(found: Stat, target: str) -> bool:
+    """Whether `target` was made of this very file. One that was made of another is removed: its note must not outlive it, nor it its note."""
+    there = storage.is_file(target)
+    try:
+        told = json.loads(storage.read_bytes(_note(target)))
+    except FileNotFoundError:
+        if there:
+            raise ValueError(f"{target} is there, and nothing says what it was unpacked from; remove it, or give it as source itself") from None
+        told = None
+    if there and told == _told(found):
+        return True
+    if there:
+        storage.remove(target)
+    storage.write_bytes(_note(target), json.dumps(_told(found)).encode())
+    return False
+
+
+def _unpack_all(plan: Sequence[tuple[Stat, str]]) -> None:
+    if not plan:
+        return
+    total = sum(found.size for found, _ in plan)
+    stop = threading.Event()
+    with tqdm(total=total, desc="unpack", unit="B", unit_scale=True, mininterval=_interval()) as bar, ThreadPoolExecutor(UNPACKING_THREADS) as pool:
+        running = [pool.submit(_unpack, found, target, bar, stop) for found, target in plan]
+        try:
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()  # what is left of them when one has failed, or on Ctrl-C, ends at its next piece
+        errors = [future.exception() for future in running]
+    told = [error for error in errors if error is not None and not isinstance(error, _StoppedError)]
+    if told:
+        raise told[0]
+
+
+class _StoppedError(Exception):
+    """Another file of the same call has failed."""
+
+
+def _unpack(found: Stat, target: str, bar: tqdm, stop: threading.Event) -> None:
+    storage.remove_stale(target)
+    pieces = _decompressed(found, bar, stop)
+    start = b""
+    while len(start) < BLOCK and (piece := next(pieces, b"")):
+        start += piece
+    if start[:BLOCK] != ZEROS and _header(start[:BLOCK]) is None:
+        raise ValueError(f"{found.path} is compressed, but there is no tar in it: it begins with {start[:16]!r}")
+    with storage.writing(target) as out:
+        out.write(start)
+        for piece in pieces:
+            out.write(piece)
+
+
+def _decompressed(found: Stat, bar: tqdm, stop: threading.Event) -> Iterator[bytes]:
+    """A compressed file's content in pieces; several streams one after the other are one, as the tools have it."""
+    kind = _compression(storage.read_bytes(found.path, 0, 8)) or ""
+    if kind not in DECOMPRESSORS:
+        raise ValueError(f"{found.path} is compressed ({kind}), which cannot be unpacked here; unpack it with that tool and give the plain tar")
+    machine = DECOMPRESSORS[kind]()
+    for at in range(0, found.size, PIECE_BYTES):
+        read = memoryview(storage.read_bytes(found.path, at, min(at + PIECE_BYTES, found.size)))
+        for begin in range(0, len(read), FED_BYTES):
+            data = bytes(read[begin : begin + FED_BYTES])
+            while data:
+                if stop.is_set():
+                    raise _StoppedError
+                if machine.eof:
+                    data = data.lstrip(b"\0")  # what some writers fill up with
+                    if not data:
+                        break
+                    machine = DECOMPRESSORS[kind]()
+                try:
+                    piece = machine.decompress(data)
+                except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
+                    raise ValueError(f"{found.path} is damaged before byte {at + begin + FED_BYTES} ({error}); fetch it again") from error
+                data = machine.unused_data if machine.eof else b""
+                if piece:
+                    yield piece
+        bar.update(len(read))
+    if not machine.eof:
+        raise ValueError(f"{found.path} is truncated: its {kind} stream goes on after byte {found.size}; fetch it again")
