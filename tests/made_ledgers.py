@@ -6,7 +6,7 @@ one; for that write real shards. Which clips are good, how long they are and whi
 Knows the dataset format. Knows no job and no list's own form: keys are handed in, or made up.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -21,6 +21,7 @@ from shards import ledger
 from shards.dataset import create_or_check, new_info
 
 WIDTH = 768
+"""Of Synchformer's features."""
 CODEC = {"name": "encodec24", "sample_rate_hz": 24000, "hop_samples": 320, "channels": 1, "codebooks": 8, "card": 1024}
 HOP_FRAMES = 8
 STEPS_PER_FRAME = 3
@@ -88,24 +89,28 @@ def published_keys(datasets: Path) -> dict[str, list[str]]:
 
 
 def write_dataset(
-    root: Path, clips: MadeClips, *, kind: str = "features", clips_per_shard: int = 64, progress: Callable[[int], None] = lambda _: None
+    root: Path,
+    clips: MadeClips,
+    *,
+    kind: str = "features",
+    width: int = WIDTH,
+    clips_per_shard: int = 64,
 ) -> int:
     """Writes the shards and ledgers of a `features` or `media` dataset; no manifest. Returns how many shards there are.
 
-    `progress` is told how many are written.
+    `width` of the features; narrow ones where all bytes are to be read, which are in memory then.
     """
-    codec = {"hop_frames": HOP_FRAMES, "views": 1, "tower": {"config": {"width": WIDTH}, "weights_sha256": "0" * 64}, "codec": CODEC}
+    codec = {"hop_frames": HOP_FRAMES, "views": 1, "tower": {"config": {"width": width}, "weights_sha256": "0" * 64}, "codec": CODEC}
     info = new_info(
         kind, {"clips_per_shard": clips_per_shard, **(codec if kind == "features" else {"frame_rate_hz": FRAME_RATE_HZ})}, {"made": "holes"}
     )
     create_or_check(root, info)
-    columns = _columns(clips, _payloads(clips, kind))
-    written = 0
+    columns = _columns(clips, _payloads(clips, kind, width))
+    shards = list(_shards(clips, clips_per_shard))
     with mock.patch("os.fsync"):  # what is made here need not outlive a power cut, and thousands of syncs take minutes
-        for written, (name, first, last) in enumerate(_shards(clips, clips_per_shard), 1):
+        for name, first, last in shards:
             _write_shard(root, name, columns.slice(first, last - first), info.fingerprint)
-            progress(written)
-    return written
+    return len(shards)
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class _Payload:
     dtype: str | None = None
 
 
-def _payloads(clips: MadeClips, kind: str) -> dict[str, _Payload]:
+def _payloads(clips: MadeClips, kind: str, width: int) -> dict[str, _Payload]:
     """Of each member, by extension, sorted."""
     frames = clips.frames
     ones = np.ones_like(frames)
@@ -127,7 +132,7 @@ def _payloads(clips: MadeClips, kind: str) -> dict[str, _Payload]:
     if kind == "media":
         return json | {"mp4": _Payload(frames * 2971 + (clips.chance % np.uint64(50021)).astype(np.int64))}
     segments = (frames - SEGMENT_FRAMES) // HOP_FRAMES + 1
-    features = _npy([ones, segments, ones * SEGMENT_TOKENS, ones * WIDTH], "<f2")
+    features = _npy([ones, segments, ones * SEGMENT_TOKENS, ones * width], "<f2")
     return {"avclip.npy": features, f"{CODEC['name']}.npy": _npy([ones * CODEC["codebooks"], frames * STEPS_PER_FRAME], "<u2")} | json
 
 
