@@ -37,7 +37,7 @@ from configs.load import JobError
 from pipeline.discover import Clip, DiscoverConfig, discover, discovery
 from shards import ledger
 from shards.read import Index
-from shards.write import done_shards, uncommit
+from shards.write import discard, done_shards
 
 PLAN = "plan.parquet"
 COLUMNS = {
@@ -210,7 +210,7 @@ def settle_here(root: str, source: Source, arguments: Sequence[object], options:
         raise ValueError(update.refusal(root))
     # In this order: a shard without a ledger is done again from what is found, whether or not the plan came to be written.
     with ThreadPoolExecutor(REMOVING_THREADS) as pool:
-        list(pool.map(lambda name: uncommit(root, name), update.refused))
+        list(pool.map(lambda name: discard(root, name), update.refused))
     if after != before:
         _write(path, after)
     return update.changes()
@@ -421,8 +421,7 @@ def media_plans(data: str) -> list[ShardPlan]:
 def _write(path: str, shards: Iterable[ShardPlan]) -> None:
     """Writes the plan, in row groups of whole shards. The same plan gives the same bytes."""
     schema = pa.schema(list(COLUMNS.items()))
-    few_values: Any = ["shard", "split", "label", "reason"]  # the stubs know a bool only
-    with storage.writing(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=few_values) as writer:
+    with storage.writing(path) as file, ledger.writer(file, schema, dictionary=["shard", "split", "label", "reason"]) as writer:
         open_shards: list[ShardPlan] = []
         for shard in shards:
             if open_shards and sum(len(other.clips) for other in open_shards) + len(shard.clips) > GROUP_ROWS:

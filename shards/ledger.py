@@ -5,6 +5,7 @@ kept in the file's metadata.
 """
 
 import hashlib
+import io
 import os
 import re
 from collections import deque
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from configs import storage
 from shards.dataset import DatasetMismatch
+from shards.sealed import Writer
 
 MANIFEST = "manifest.parquet"
 SHARD_NAME = re.compile(r"(?P<split>[\w-]+)-\d{6,}", re.ASCII)
@@ -104,15 +106,20 @@ def path_of(root: str | os.PathLike, name: str) -> str:
 
 def write(path: str | os.PathLike, table: pa.Table) -> None:
     """Writes a ledger atomically. The same table and pyarrow version give the same bytes."""
-    buffer = pa.BufferOutputStream()
+    storage.write_bytes(path, content(table))
+
+
+def content(table: pa.Table) -> memoryview:
+    """The file that a ledger is."""
+    buffer = io.BytesIO()
     with writer(buffer, table.schema) as file:
         file.write_table(table, row_group_size=1 << 20)
-    storage.write_bytes(path, memoryview(buffer.getvalue()))
+    return buffer.getbuffer()
 
 
-def writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
-    """What writes a ledger or manifest into an open file, by row groups."""
-    return pq.ParquetWriter(file, schema, compression="zstd", compression_level=3)
+def writer(file: Any, schema: pa.Schema, *, dictionary: Sequence[str] | None = None) -> Writer:
+    """What writes a ledger, manifest or plan into an open file, by row groups, with a hash over its bytes. `dictionary`: columns of few values."""
+    return Writer(file, schema, dictionary=dictionary)
 
 
 def read(path: str | os.PathLike, *, fingerprint: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:

@@ -34,6 +34,7 @@ __all__ = [
     "check_key",
     "clear",
     "committed_sha256",
+    "discard",
     "done_shards",
     "json_bytes",
     "npy_bytes",
@@ -170,6 +171,16 @@ def write_shard(root: str | os.PathLike, name: str, entries: Iterable[Entry]) ->
 def uncommit(root: str | os.PathLike, name: str) -> None:
     """Removes a shard's ledger, so that the shard counts as not done, and the manifest, which holds its rows."""
     storage.remove(storage.join(root, ledger.MANIFEST))
+    storage.remove(ledger.path_of(root, name))
+
+
+def discard(root: str | os.PathLike, name: str) -> None:
+    """Removes a shard, tar and ledger, so that it is made again.
+
+    A tar that was left without its ledger could be taken for one whose ledger was lost, which `soundshard verify repair=true` makes anew.
+    """
+    storage.remove(storage.join(root, ledger.MANIFEST))
+    storage.remove(_tar_path(root, name))
     storage.remove(ledger.path_of(root, name))
 
 
