@@ -1,6 +1,8 @@
 """Scores from stored segments: what is compared with what, and that sound that fits and sound that does not are told apart."""
 
 import random
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,15 @@ import pytest
 import torch
 
 from model.segments import OFFSET
-from model.synchformer import Head
-from pipeline.feature_scores import SyncJudge, Tokens, avclip_scores, offset_scores, similarities, windows
+from model.synchformer import MODULE_KIND, Head
+from model.weights import save_state
+from pipeline.feature_scores import AVCLIP, SCORERS, SYNC, SyncJudge, Tokens, avclip_scores, offset_scores, similarities, windows
 from pipeline.media import MediaError
+from pipeline.scorers import Item, ScoreOptions, registered
 from pipeline.sync_answers import StoredGrid, TokenScorer
+from shards.dataset import create_or_check, new_info
+from shards.read import Index
+from shards.write import Entry, write_shard
 from tests.pipeline.sync_networks import network, small_sync
 
 
@@ -92,34 +99,28 @@ def test_windows_lie_along_the_clip_and_hear_what_they_see() -> None:
 
 @pytest.mark.parametrize("head", ["offset", "synchronisable"])
 def test_answers_are_those_of_the_network_for_each_window(tmp_path: Path, head: Head) -> None:
-    weights = small_sync(tmp_path, head)
-    stored, short = StoredGrid(8, 640), tokens(7, 5)
-    clips = [tokens(1), short, tokens(2, 19, 145), MediaError("io", "gone"), tokens(4, 14, 110)]
-    judge = SyncJudge(weights, stored, head=head, device="cpu")
-    found = judge.probabilities(clips)
-    assert [isinstance(answer, MediaError) for answer in found] == [False, True, False, True, False]
-    model = network(head)
-    for clip, answer in zip(clips, found, strict=True):
-        if isinstance(answer, MediaError) or isinstance(clip, MediaError):
-            continue
-        where, said = answer
+    weights, stored, model = small_sync(tmp_path, head), StoredGrid(8, 640), network(head)
+    clips = [tokens(1), tokens(2, 19, 145), tokens(4, 14, 110)]
+    judge = SyncJudge(weights, head=head, device="cpu")
+    found = judge.probabilities(clips, stored)
+    for clip, (where, said) in zip(clips, found, strict=True):
         assert said.shape == (len(where.visual), 21 if head == "offset" else 2)
         for number in range(len(said)):
             v, a = (torch.from_numpy(part.astype(np.float32))[None] for part in (clip.visual[where.visual[number]], clip.audio[where.audio[number]]))
             with torch.inference_mode():
                 expected = model.compare(v, a).softmax(-1)[0]
             torch.testing.assert_close(torch.from_numpy(said[number]), expected, atol=1e-5, rtol=1e-4)
-    alone = judge.probabilities([clips[2]])[0]
-    assert not isinstance(alone, MediaError) and not isinstance(found[2], MediaError)
-    np.testing.assert_allclose(alone[1], found[2][1], atol=1e-6)
-    assert [str(error) for error in judge.probabilities([short])] == [str(found[1])]
+    ((_, alone),) = judge.probabilities(clips[1:2], stored)
+    np.testing.assert_allclose(alone, found[1][1], atol=1e-6)
+    with pytest.raises(MediaError, match="5 segments of pictures"):
+        judge.probabilities([clips[0], tokens(7, 5)], stored)
 
 
 def test_one_answer_of_several_windows() -> None:
     where = windows(tokens(0), StoredGrid(8, 640), OFFSET.segments)
     said = np.full((len(where.visual), 21), 0.01, np.float32)
     said[:-1, 13], said[-1, 2] = 0.8, 0.8
-    found = offset_scores(where, said, 4.8)
+    found = offset_scores(where, said)
     assert len(said) == 8 and found["sync_agreement"] == pytest.approx(7 / 8)
     assert found["sync_offset_seconds"] == pytest.approx(0.6, abs=0.01)
     assert found["sync_probability"] == pytest.approx((7 * 0.8 + 0.01) / 8)
@@ -129,4 +130,71 @@ def test_another_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="like `sync`"):
         TokenScorer(small_sync(tmp_path, "synchronisable"), "cpu", head="offset")
     with pytest.raises(ValueError, match="like `synchability`"):
-        SyncJudge(small_sync(tmp_path), StoredGrid(8, 640), head="synchronisable", device="cpu")
+        SyncJudge(small_sync(tmp_path), head="synchronisable", device="cpu")
+
+
+# --- as scorers ---
+
+
+def dataset(folder: Path, audio_width: int = 22, **changes: object) -> Index:
+    """Two clips that can be compared and one that is too short for a window."""
+    tower = {"weights_sha256": "ab" * 32}
+    info = new_info("features", {"hop_frames": 8, "tower": tower, "audio": {"hop_samples": 640, "tower": tower}} | changes)
+    create_or_check(folder, info)
+    entries = []
+    for number, (visual, audio) in enumerate(((27, 210), (5, 34), (19, 145))):
+        clip = tokens(number, visual, audio, (22, audio_width))
+        members = {"avclip.npy": clip.visual[None], "avclip_audio.npy": clip.audio[None]}
+        entries.append(Entry(f"clip-{number}", "test", None, f"{number}.mp4", 9.0, members))
+    write_shard(folder, "test-000000", entries)
+    return Index.open(folder)
+
+
+def items(index: Index) -> list[Item]:
+    return [Item(str(index.keys[row]), index.info.spec, partial(index.member, row)) for row in range(len(index))]
+
+
+def test_scorers_read_stored_members_and_give_their_columns(tmp_path: Path) -> None:
+    alike, different = (items(dataset(tmp_path / f"features-{width}", width)) for width in (22, 26))
+    options = ScoreOptions(sync_weights=small_sync(tmp_path), synchronisability_weights=small_sync(tmp_path, "synchronisable"), device="cpu")
+    for scorer in SCORERS:
+        long, short, other = alike if scorer is AVCLIP else different
+        score = scorer.make(options)
+        rows = score([long, other])
+        assert registered()[scorer.name] is scorer and len(scorer.version(options)) >= 1
+        assert all(row.keys() == scorer.columns.keys() and all(type(value) is float for value in row.values()) for row in rows)
+        assert rows[0] != rows[1]
+        for item, row in zip((long, other), rows, strict=True):
+            assert score([item])[0] == pytest.approx(row, abs=1e-5)
+        if scorer is not AVCLIP:
+            with pytest.raises(MediaError, match="too_short"):
+                score([long, short])
+    assert AVCLIP.make(options)([alike[1]])[0]["avclip_similarity"] is not None
+
+
+def test_features_of_towers_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    audio = {"hop_samples": 640, "tower": {"weights_sha256": "cd" * 32}}
+    (first, *_) = items(dataset(tmp_path / "mixed", audio=audio))
+    with pytest.raises(ValueError, match="of pictures are of weights abababababab, those of sound of cdcdcdcdcdcd"):
+        AVCLIP.make(ScoreOptions())([first])
+    (bare, *_) = items(dataset(tmp_path / "bare", audio=None))
+    with pytest.raises(ValueError, match="featurise with audio"):
+        AVCLIP.make(ScoreOptions())([bare])
+    module = network()
+    weights = str(tmp_path / "model.safetensors")
+    state = {name: tensor for name, tensor in module.state_dict().items() if "feat_extractor" not in name}
+    towers = {"visual": {"sha256": "ef" * 32}, "audio": {"sha256": "ab" * 32}}
+    save_state(weights, state, {"kind": MODULE_KIND, "sync": asdict(module.config), "towers": towers})
+    (good, *_) = items(dataset(tmp_path / "features"))
+    with pytest.raises(ValueError, match=r"another tower \(of pictures: efefefefefef\)"):
+        SYNC.make(ScoreOptions(sync_weights=weights, device="cpu"))([good])
+
+
+def test_a_version_names_what_decides_the_scores_and_refuses_other_networks(tmp_path: Path) -> None:
+    sync, can = small_sync(tmp_path), small_sync(tmp_path, "synchronisable")
+    options = ScoreOptions(sync_weights=sync)
+    assert SYNC.version(options) == SYNC.version(replace(options, batch_clips=3, device="cpu")) != SYNC.version(replace(options, precision="bf16"))
+    with pytest.raises(ValueError, match="expected a Synchformer that predicts offsets, like `sync`"):
+        SYNC.version(ScoreOptions(sync_weights=can))
+    with pytest.raises(ValueError, match="neither a file nor one of the published weights"):
+        SYNC.version(ScoreOptions(sync_weights=str(tmp_path / "absent.safetensors")))
