@@ -66,11 +66,11 @@ def test_classes(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("path,offset_sec,vstart_sec\na,0.4,1.0\nb,0.4\n", "line 3: .*expected path, offset_sec, vstart_sec"),
-        ("path,offset_sec,vstart_sec\na,later,1.0\n", "line 2: .*expected vstart_sec of at least 0"),
+        ("path,offset_sec,vstart_sec\na,later,1.0\n", "line 2: .*expected offset_sec in seconds"),
         ("path,offset_sec,vstart_sec\na,0.4,-0.2\n", "line 2: .*at least 0"),
         ("path,offset_sec,vstart_sec\na,4.48,0.0\n", "line 2: .*from -2 to 2"),
         ("path,offset_sec,vstart_sec\n", "lists no clips"),
-        ("file,start_sec\na,4.64\n", "has the columns file, start_sec; expected path, offset_sec"),
+        ("file,start_sec\na,4.64\n", "no offsets; expected path, offset_sec"),
         ("dataset_name,video_id,start_sec,vid_is_missing,is_sync\nv,b,1.5,0,1\n", "line 2: .*whole seconds"),
     ],
 )
