@@ -195,10 +195,10 @@ def spectrogram_picture(wave: Float[Array, "samples"], sample_rate_hz: int, *, c
     # Against a fixed level and not the loudest: a quiet sound should look quiet beside its original.
     loudest = 10 * np.log10((window / 8) ** 2)
     level = np.clip(1 + (decibels - loudest) / DYNAMIC_RANGE_DB, 0, 1)
-    return _colour(level.T[::-1])
+    return colours(level.T[::-1])
 
 
-def _colour(level: Float[Array, "rows columns"]) -> UInt8[Array, "rows columns 3"]:
+def colours(level: Float[Array, "rows columns"]) -> UInt8[Array, "rows columns 3"]:
     """Dark blue by violet and orange to pale yellow, evenly brighter."""
     stops = np.array([[10, 12, 28], [46, 20, 90], [122, 32, 118], [196, 58, 96], [243, 120, 70], [252, 190, 110], [253, 246, 205]], float)
     places = np.linspace(0, 1, len(stops))
