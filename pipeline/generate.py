@@ -58,7 +58,7 @@ class GenerateConfig(SoundOptions, DiscoverConfig):
     """Split of `data`; empty takes all."""
     starts: str = ""
     """A csv with the header `file,start_sec` (the published test sets): takes these videos only, each from its start; those not there are rows
-    that have failed."""
+    that have failed. Empty takes the start times of `data` where it is a view that has them (`soundshard subset starts=`)."""
     run: str = "???"
     """Run folder of `soundshard train`; `vaura` is the one that `soundshard weights get=vaura` makes."""
     weights: str = "model"
@@ -368,12 +368,14 @@ def videos(config: GenerateConfig) -> tuple[list[Clip], dict[str, float]]:
     """The videos to do, in the order of their keys, and where their stretches start, in seconds."""
     if bool(config.source) == bool(config.data):
         raise ValueError("give source=VIDEOS or data=MEDIA_DATASET, one of the two")
+    starts: dict[str, float] = {}
     if config.data:
-        rows = Index.open(config.data, kind="media", split=config.data_split or None).rows()
-        clips = [Clip(row["key"], row["source"], row["split"], row["label"], row["reason"], row["message"]) for row in rows]
+        index = Index.open(config.data, kind="media", split=config.data_split or None)
+        clips = [Clip(row["key"], row["source"], row["split"], row["label"], row["reason"], row["message"]) for row in index.rows()]
+        if index.start_seconds is not None:
+            starts = dict(zip(index.keys.to_pylist(), index.start_seconds.tolist(), strict=True))
     else:
         clips = discover(config)
-    starts: dict[str, float] = {}
     if config.starts:
         starts = read_starts(config.starts)
         there = {clip.key for clip in clips}

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int8, Int64
 
 from pipeline.lists import AUDIOSET_LABELS, clip_ids
+from shards.read import START
 
 MET, NOT_MET, UNKNOWN = np.int8(1), np.int8(0), np.int8(-1)
 Answer = Int8[np.ndarray, " rows"]
@@ -129,9 +130,9 @@ def told_by(table: pa.Table, listing: Listing, places: Int64[np.ndarray, " rows"
     table = table.set_column(column("label"), "label", pc.call_function("coalesce", [table["label"], said(listing.labels, pa.string())]))
     if any(start is not None for start in listing.start_seconds):
         starts = said(listing.start_seconds, pa.float64())
-        if "start_seconds" not in table.column_names:
-            return table.append_column("start_seconds", starts)
-        table = table.set_column(column("start_seconds"), "start_seconds", pc.call_function("coalesce", [starts, table["start_seconds"]]))
+        if START not in table.column_names:
+            return table.append_column(START, starts)
+        table = table.set_column(column(START), START, pc.call_function("coalesce", [starts, table[START]]))
     return table
 
 

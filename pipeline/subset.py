@@ -23,7 +23,7 @@ from pipeline.subset_report import SHOWN, Chosen, Tally, presence_of, report, su
 from pipeline.subset_scores import Scores, in_sync
 from pipeline.where import columns_of, holds
 from shards.materialise import materialise
-from shards.read import Index
+from shards.read import START, Index
 from shards.view import write_view
 
 
@@ -108,7 +108,11 @@ class SubsetConfig:
 
 
 def run(config: SubsetConfig) -> Chosen:
-    """Choose clips of a dataset by lists, classes, length, scores, offsets or a condition, and write them as a view or as shards of their own."""
+    """Choose clips of a dataset by lists, classes, length, scores, offsets or a condition, and write them as a view or as shards of their own.
+
+    What cannot be told of a good clip, such as a score that it has not, does not hold. A failed clip stays as a failed row unless it is certain that
+    something does not hold.
+    """
     _check(config)
     index = Index.open(storage.absolute(config.data))
     chosen = choose(index, config)  # ledger rows and lists alone
@@ -164,7 +168,7 @@ def choose(index: Index, config: SubsetConfig) -> Chosen:
         keep(f"where {config.where}", _where(config.where, table, scores))
     if config.min_score is not None or config.max_score is not None:
         column = config.score or scores.only()
-        keep(_bounds(column, config.min_score, config.max_score), within(scores.column(column), config.min_score, config.max_score))
+        keep(_bounds(column, config.min_score, config.max_score), within(scores.numbers(column), config.min_score, config.max_score))
     if config.sync:
         keep(
             _sync_words(config),
@@ -176,6 +180,8 @@ def choose(index: Index, config: SubsetConfig) -> Chosen:
                 min_synchronisable=config.min_synchronisable,
             ),
         )
+    if config.materialise and START in table.column_names:
+        notes.append("start times stay in views: shards do not have them")
     return Chosen(table.filter(pa.array(kept)), steps, presences, notes)
 
 
@@ -190,6 +196,10 @@ def _check(config: SubsetConfig) -> None:
         raise ValueError(f"score={config.score} needs min_score= or max_score=")
     if not config.sync and not (config.min_probability is None and config.min_synchronisable is None):
         raise ValueError("min_probability and min_synchronisable need sync=FILE, the parquet of `soundshard sync source=`")
+    if several(config.scores) and not config.where and config.min_score is None and config.max_score is None:
+        raise ValueError("scores= needs min_score= or max_score=, or a where= that names a score")
+    if config.materialise and config.overwrite:
+        raise ValueError("overwrite=true replaces a view; shards are not replaced: give another out, or remove the folder first")
     if config.clips_per_shard is not None and not config.materialise:
         raise ValueError("clips_per_shard is of shards; a view has none: give materialise=true")
     if not selection(config):
@@ -268,13 +278,7 @@ def _copy(config: SubsetConfig, index: Index, chosen: Chosen) -> None:
 
         view = os.path.join(folder, "view")
         write_view(view, index, chosen.table, selection=selection(config))
-        totals = materialise(
-            view,
-            config.out,
-            clips_per_shard=config.clips_per_shard,
-            workers=config.workers,
-            progress=copied,
-        )
+        totals = materialise(view, config.out, clips_per_shard=config.clips_per_shard, workers=config.workers, progress=copied)
     print(f"subset: {summed(chosen.steps[-1])} in {totals.shards:,} shards -> {config.out}", flush=True)
 
 

@@ -47,7 +47,7 @@ class Scores:
 
     def only(self) -> str:
         """The one column of numbers that there is. ValueError where there are several."""
-        found = list(dict.fromkeys(name for _, table in self.tables for name in score_columns(table)))
+        found = self._numeric()
         if len(found) != 1:
             raise ValueError(f"score= must say which score is meant: {self._what(found)}")
         return found[0]
@@ -66,6 +66,16 @@ class Scores:
         if not (places >= 0).any():
             raise ValueError(f"{path} has scores of no clip that is here; for example of {table['key'][0] if table.num_rows else 'nothing'}")
         return table[name].take(pa.array(places, mask=places < 0))
+
+    def numbers(self, name: str) -> pa.Array | pa.ChunkedArray:
+        """The same for a score that can be compared. ValueError for one that is text."""
+        column = self.column(name)
+        if name not in score_columns(pa.table({name: column})):
+            raise ValueError(f"{name} is {column.type}, and no number: {self._what(self._numeric())}")
+        return column
+
+    def _numeric(self) -> list[str]:
+        return list(dict.fromkeys(name for _, table in self.tables for name in score_columns(table)))
 
     def _what(self, found: Sequence[str]) -> str:
         if not self._paths:
