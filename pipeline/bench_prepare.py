@@ -219,17 +219,17 @@ def encode_all(sample: Sequence[Clip], config: EncodeConfig) -> tuple[list[Encod
     plain, fused, reasons = Stopwatch(), Stopwatch(), Counter[str]()
     for clip in sample:
         try:
-            source = fetched(clip.source)
+            source = fetched(clip)
             with plain.running():
-                encoded = reencode(source, config)
+                encoded = reencode(source, config, start_seconds=clip.start_seconds, end_seconds=clip.end_seconds)
         except MediaError as error:
             reasons[error.reason] += 1
         else:
             good.append(encoded)
         with suppress(MediaError):
-            source = fetched(clip.source)
+            source = fetched(clip)
             with fused.running():
-                reencode(source, config, keep_frames=True)
+                reencode(source, config, start_seconds=clip.start_seconds, end_seconds=clip.end_seconds, keep_frames=True)
     return good, plain, fused, reasons
 
 
@@ -257,6 +257,8 @@ def tar_bytes(size: int) -> int:
 
 
 def _size(clip: Clip) -> int:
+    if clip.offset is not None:
+        return clip.size or 0
     found = storage.stat(clip.source)
     return found.size if found else 0
 

@@ -8,6 +8,10 @@ is silence there; sound beyond the last picture is cut, so a clip of n frames al
 until the next one (ffmpeg's `fps` filter with its defaults: at most half a frame early or late, and a long still picture never anticipates the next).
 Positions are exact fractions of the container's timestamps. A clip that is already at 25 fps gives exactly its coded frames.
 
+**A part** of a video (`start_seconds`, `end_seconds` of `open_clip`) is a clip whose time 0 is where the part begins: its frames and samples are
+placed as if the video were only that part, whatever the start; no key frame or packet moves it. From a start on the grid of frames and samples they
+are the whole video's, bit for bit.
+
 A clip is read into memory once. A **film** (`picture_pieces`, `open_clip(in_memory=False)`) is not: a first reading keeps only the times of its
 packets, 25 bytes each, and every stream that is then decoded is read from the file again, so that memory does not grow with the film.
 
@@ -54,6 +58,8 @@ MIN_PRESENT = Fraction(9, 10)
 """A file that holds less than this part of the duration it declares is truncated."""
 MAX_FAULTY = Fraction(1, 10)
 """A stream of which more than this part of the packets cannot be decoded is undecodable."""
+MIN_PART = Fraction(9, 10)
+"""A video that holds less of a part that it is asked for is too short for it."""
 MIN_PICTURE_SECONDS = Fraction(1, 1000)
 """A shorter duration of a picture is a demuxer's way to say that it does not know."""
 MAX_STILL_SECONDS = 120
@@ -96,12 +102,12 @@ class SourceInfo:
     frame_rate: str
     rotation_degrees: int
     video_start_seconds: float
-    """Where the first picture was on the output's clock: above 0 if the sound began first."""
+    """Where the first picture was on the video's clock: above 0 if the sound began first."""
     audio_codec: str | None
     audio_rate_hz: int | None
     audio_layout: str | None
     audio_start_seconds: float | None
-    """Where the first sample was on the output's clock."""
+    """Where the first sample was on the video's clock."""
     audio_gaps: int
     """Holes in the sound's timestamps that became silence."""
     video_faults: int
@@ -213,19 +219,31 @@ def open_clip(
     need_video: bool = True,
     need_audio: bool = False,
     in_memory: bool = True,
+    start_seconds: float | int | Fraction | None = None,
+    end_seconds: float | int | Fraction | None = None,
 ) -> "Iterator[OpenClip]":
     """An open clip; raises MediaError if the file, or a stream that is needed, is not there.
 
-    `in_memory=False` is for films: packets are read again when they are needed, instead of being kept.
+    `in_memory=False` is for films: packets are read again when they are needed, instead of being kept. `start_seconds` and `end_seconds`, on the
+    video's own clock, are for a part of it: MediaError `too_short` where the video ends before that begins, or holds less than nine tenths of it;
+    what little may be missing then is missing at the end.
     """
+    part = _part(start_seconds, end_seconds)
     with _opened(source) as container:
         video, audio = _video_stream(container), _audio_stream(container)
         if need_video and video is None:
             raise MediaError("no_video", f"{container.format.name} file without a video stream")
         if need_audio and audio is None:
             raise MediaError("no_audio", f"{container.format.name} file without an audio stream")
-        with closing(OpenClip(source, container, video, audio, frame_rate_hz, threads, in_memory)) as clip:
+        with closing(OpenClip(source, container, video, audio, frame_rate_hz, threads, in_memory, part)) as clip:
             yield clip
+
+
+def _part(start_seconds: float | int | Fraction | None, end_seconds: float | int | Fraction | None) -> tuple[Fraction, Fraction | None]:
+    start, end = exact_seconds(start_seconds or 0), None if end_seconds is None else exact_seconds(end_seconds)
+    if start < 0 or (end is not None and end <= start):
+        raise ValueError(f"start_seconds is {start_seconds}, end_seconds {end_seconds}; expected a start of at least 0 and an end after it, or None")
+    return start, end
 
 
 @contextmanager
@@ -323,6 +341,8 @@ class OpenClip:
     frame_rate_hz: int
     threads: int
     in_memory: bool = True
+    part: tuple[Fraction, Fraction | None] = (Fraction(0), None)
+    """Seconds of the video's own clock between which the clip lies; no end is the video's."""
     video_faults: int = 0
     audio_faults: int = 0
     audio_gaps: int = 0
@@ -336,6 +356,7 @@ class OpenClip:
             self.audio_track = Track(self.audio, keep=self.in_memory)
         self._tracks = [track for track in (self.video_track, self.audio_track) if track is not None]
         self._read_packets()
+        self._sound_packets = 0
         self._sound_frames = self._decoded_sound()
         self._first_sound = next(self._sound_frames, None)
         self._spans = {track.stream.type: span for track in self._tracks if (span := track.span())}
@@ -346,8 +367,25 @@ class OpenClip:
             starts.append(self._first_sound[0])
         if not starts:
             raise MediaError("undecodable", "no sound could be decoded")
-        self.start = min(starts)
+        self.origin = min(starts)
+        """Where the video's own clock begins, in the container's seconds."""
         self._check_complete()
+        self.start, self.end = self._part_between()
+        """Where the clip's clock begins and its last frame ends, in the container's seconds."""
+
+    def _part_between(self) -> tuple[Fraction, Fraction]:
+        """Start and end of the wanted part in the container's seconds, as far as the video goes."""
+        whole_end = self._spans["video" if self.video is not None else "audio"][1]
+        start, end = self.origin + self.part[0], whole_end if self.part[1] is None else self.origin + self.part[1]
+        if self.is_part and (start >= whole_end or whole_end - start < MIN_PART * (end - start)):
+            wanted = f"from {float(self.part[0]):g} s on" if self.part[1] is None else f"{float(self.part[0]):g} to {float(self.part[1]):g} s"
+            raise MediaError("too_short", f"it ends at {float(whole_end - self.origin):.2f} s; the clip is the part of it {wanted}")
+        return start, min(end, whole_end)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the clip is not all of the video."""
+        return self.part != (0, None)
 
     def close(self) -> None:
         """Let go of the files that are read again; the clip's own container is its opener's."""
@@ -393,7 +431,7 @@ class OpenClip:
             first, stop = self._spans["video"]
             times = np.sort(self.video_track.shown[self.video_track.is_presented])
             between = int(np.diff(times).max(initial=0)) * self.video_track.stream.time_base
-            longest = max(first - self.start, between, stop - int(times[-1]) * self.video_track.stream.time_base)
+            longest = max(first - self.origin, between, stop - int(times[-1]) * self.video_track.stream.time_base)
             if longest > MAX_STILL_SECONDS:
                 raise MediaError("undecodable", f"the pictures' times jump by {float(longest):.0f} s")
 
@@ -404,9 +442,8 @@ class OpenClip:
 
     @property
     def frames(self) -> int:
-        """Frames on the output clock: the pictures' end, to the nearest frame. Without a video stream, the sound's end."""
-        end = self._spans["video" if self.video is not None else "audio"][1]
-        return floor((end - self.start) * self.frame_rate_hz + Fraction(1, 2))
+        """Frames on the clip's clock: to the pictures' end or the part's, to the nearest frame. Without a video stream, the sound's end."""
+        return floor((self.end - self.start) * self.frame_rate_hz + Fraction(1, 2))
 
     def frame_range(self, start_seconds: float | int | Fraction = 0, duration_seconds: float | int | Fraction | None = None) -> tuple[int, int]:
         """The frames `[start, stop)` that are shown from an instant of the clip's clock on, for a duration or to the end."""
@@ -485,7 +522,7 @@ class OpenClip:
             time_base = frame.time_base or own_time_base
             step = frame.duration * time_base if frame.duration else step
             pts = frame.pts if frame.pts is not None else frame.dts
-            seconds = pts * time_base if pts is not None else (self.start if last is None else last + step)
+            seconds = pts * time_base if pts is not None else (self.origin if last is None else last + step)
             self._rotation = frame.rotation
             count += 1
             if key and seconds < settled:
@@ -494,7 +531,7 @@ class OpenClip:
             self.video_faults += frame.is_corrupt
             if last is None or seconds >= last:
                 tick = floor((seconds - self.start) * self.frame_rate_hz + Fraction(1, 2))
-                if stop is not None and stop < self.frames and tick >= stop:
+                if stop is not None and (stop < self.frames or self.end < self.video_end) and tick >= stop:
                     _check_faults(self.video_faults, fed, "video")
                     return
                 yield tick, frame
@@ -505,8 +542,8 @@ class OpenClip:
 
     def _key_before(self, track: Track, start: int) -> int:
         """The packet from which to decode what is shown from frame `start` on: a key frame, or the first."""
-        if not start or (track.pts == NO_TIME).any():  # without presentation times, a picture's time depends on the ones before
-            return 0
+        if (not start and self.start == self.origin) or (track.pts == NO_TIME).any():
+            return 0  # without presentation times, a picture's time depends on the ones before
         assert track.stream.time_base is not None
         latest = ceil((self.start + Fraction(2 * start + 1, 2 * self.frame_rate_hz)) / track.stream.time_base)  # half a frame: to the nearest tick
         keys = np.flatnonzero(track.is_key & track.is_presented & (track.pts < latest))
@@ -528,9 +565,12 @@ class OpenClip:
                 self.audio_gaps, self.audio_faults = counted  # a hole counts once, however often it is resampled
             rate_hz = sample_rate_hz or own_rate_hz
             track, at = np.zeros((channels or own_channels, self.samples(rate_hz)), np.float32), 0
-            for wave in self._pieces(frames, rate_hz, track.shape[0], 0, None):
+            # Of a part, what comes after it is not decoded; of all of it, every packet is seen to be good.
+            for wave in self._pieces(frames, rate_hz, track.shape[0], 0, self.frames if self.is_part else None):
                 track[:, at : at + wave.shape[1]] = wave
                 at += wave.shape[1]
+            if self.is_part:
+                _check_faults(self.audio_faults, self._sound_packets + 1, "audio")
             found.append((track, rate_hz))
         return found
 
@@ -600,7 +640,8 @@ class OpenClip:
     def _decoded_sound(self) -> Generator[tuple[Fraction, AudioFrame]]:
         """Audio frames with the time of their first sample; a frame without a timestamp follows the one before it."""
         following = Fraction(0)
-        for _, (packet, frame) in self._decoded(self.audio_track) if self.audio_track is not None else ():
+        for fed, (packet, frame) in self._decoded(self.audio_track) if self.audio_track is not None else ():
+            self._sound_packets = fed
             seconds = following if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
             if packet.pts is not None and packet.has_sidedata("skip_samples"):
                 # The decoder rounds the time of a frame that it trimmed to the container's ticks (1 ms in webm).
@@ -638,11 +679,11 @@ class OpenClip:
             height=context.height,
             frame_rate=str(self.video.average_rate or self.video.guessed_rate or "unknown"),
             rotation_degrees=self._rotation,
-            video_start_seconds=float(self._spans["video"][0] - self.start),
+            video_start_seconds=float(self._spans["video"][0] - self.origin),
             audio_codec=self.audio_track.context.name if self.audio_track else None,
             audio_rate_hz=sound.sample_rate if sound else None,
             audio_layout=sound.layout.name if sound else None,
-            audio_start_seconds=float(start - self.start) if start is not None else None,
+            audio_start_seconds=float(start - self.origin) if start is not None else None,
             audio_gaps=self.audio_gaps,
             video_faults=self.video_faults,
             audio_faults=self.audio_faults,

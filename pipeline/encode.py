@@ -115,14 +115,29 @@ class EncodedClip:
         return {name: getattr(self, name) for name in names} | {"source": asdict(self.source)}
 
 
-def reencode(source: str | Path | bytes, config: EncodeConfig | None = None, *, keep_frames: bool = False) -> EncodedClip:
+def reencode(
+    source: str | Path | bytes,
+    config: EncodeConfig | None = None,
+    *,
+    start_seconds: float | None = None,
+    end_seconds: float | None = None,
+    keep_frames: bool = False,
+) -> EncodedClip:
     """One clip as mp4 bytes on its clock: `frames / 25` seconds of pictures and exactly as much sound.
 
-    `keep_frames` also returns the pictures and the sound about to be encoded, for featurising without a second decode.
-    Raises MediaError where the clip is at fault.
+    `start_seconds` and `end_seconds` take a part of the video; `keep_frames` also returns the pictures and the sound about to be encoded, for
+    featurising without a second decode. Raises MediaError where the clip is at fault.
     """
     config = config or EncodeConfig()
-    with open_clip(source, frame_rate_hz=config.frame_rate_hz, threads=config.decode_threads, need_audio=True) as clip:
+    with open_clip(
+        source,
+        frame_rate_hz=config.frame_rate_hz,
+        threads=config.decode_threads,
+        need_audio=True,
+        in_memory=start_seconds is None and end_seconds is None,  # a part of a film should not cost the film's memory
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+    ) as clip:
         if clip.frames < SEGMENT_FRAMES:
             raise MediaError("too_short", f"{clip.frames} frames at {config.frame_rate_hz} fps; one segment of {SEGMENT_FRAMES} is the least")
         audio, _ = clip.sound(config.audio_rate_hz, config.audio_channels)

@@ -93,12 +93,13 @@ class FeaturiseActor(UnitActor):
     def __init__(self, config: FeaturiseConfig) -> None:
         self._featuriser = Featuriser(config)
         self._data, self._limits = config.data, limits_of(config)
-        self._media: Index | None = None
+        self._media = Index.open(config.data, kind="media") if read_info(config.data).view is not None else None
+        """Of a view all of it, whose shards are not the parent's; else of one shard at a time: a million rows would be large in every process."""
         self._shard = ""
 
     def unit(self, shard: str, clips: Sequence[Clip]) -> tuple[Tick, Payload]:
         """Featurise a few clips of a media shard, in order."""
-        if self._media is None or shard != self._shard:  # one shard's ledger, not the data set's: a million rows would be large in every process
+        if self._media is None or (self._media.view is None and shard != self._shard):
             self._media, self._shard = Index.of_shard(self._data, shard), shard
         entries = [feature_entry(clip, features, self._featuriser) for clip, features in self._featuriser.run(clips, self._decode)]
         return tick_of(entries, self._featuriser.take_seconds()), (entries,)

@@ -6,7 +6,9 @@ from jaxtyping import Float32, UInt8
 from configs import storage
 from configs.clock import SYNCHFORMER_RATE_HZ
 from configs.storage import StorageError
+from pipeline import tars
 from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip, picture_pieces, video_frames
+from pipeline.discover import Clip
 from pipeline.encode import (
     EncodeConfig,
     EncodedClip,
@@ -49,16 +51,29 @@ __all__ = [
 ]
 
 
-def fetched(source: str) -> str | bytes:
-    """A clip's source as the decoder takes it: a local path as it is, an object's bytes. Raises MediaError (`missing`, or `io` if storage fails)."""
-    if not storage.is_remote(source):
+def fetched(clip: Clip | str) -> str | bytes:
+    """A clip, or a video by its path, as the decoder takes it: a local file's path, the bytes of an object or of a member of a tar.
+
+    Raises MediaError: `missing`, `empty`, `unreadable` (also a tar that was replaced since its videos were listed), `io` if storage fails.
+    """
+    source = clip if isinstance(clip, str) else clip.source
+    offset = None if isinstance(clip, str) else clip.offset
+    if offset is None and not storage.is_remote(source):
         return source
     try:
-        return storage.read_bytes(source)
+        if isinstance(clip, str) or offset is None:
+            return storage.read_bytes(source)
+        if not clip.size:
+            raise MediaError("empty", f"{source} has 0 bytes")
+        return tars.member_bytes(source, offset, clip.size)
     except FileNotFoundError as error:
         raise MediaError("missing", f"{source} is not there") from error
     except StorageError as error:
         raise MediaError("io", str(error)) from error
+    except tars.ReplacedTar as error:
+        raise MediaError("unreadable", str(error)) from error
+    except OSError as error:
+        raise MediaError("unreadable", f"{source}: {error.strerror or error}") from error
 
 
 def training_clip(data: bytes) -> tuple[UInt8[np.ndarray, "frames height width 3"], Float32[np.ndarray, "samples"]]:

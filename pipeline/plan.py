@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from configs import storage
 from configs.load import JobError
 from pipeline.discover import Clip, DiscoverConfig, discover, discovery
+from pipeline.tars import tar_of
 from shards import ledger
 from shards.read import Index
 from shards.write import discard, done_shards
@@ -56,6 +57,10 @@ COLUMNS = {
 }
 GROUP_ROWS = 4096
 """Rows that are read at once, in whole shards: what a driver holds of the plan."""
+PART = ("start_seconds", "end_seconds")
+"""Which part of its video a clip is."""
+PLACE = ("source", "size", "version", "offset", *PART)
+"""Where a clip is, and as what."""
 EXAMPLES = 3
 REMOVING_THREADS = 16
 MISSING, DUPLICATE = "missing", "duplicate_key"
@@ -274,7 +279,7 @@ class _Update:
             return old
         committed = shard in self._committed
         if old.reason == DUPLICATE:
-            return old if new is None else replace(old, source=new.source, size=new.size, version=new.version)
+            return old if new is None else replace(old, **{name: getattr(new, name) for name in PLACE})
         if new is None or new.reason == MISSING or (new.size is None and old.size is not None):
             return self._gone_row(old, new, committed=committed)
         if old.reason == MISSING:
@@ -289,7 +294,7 @@ class _Update:
         elif committed and (differing := _differences(old, new)):
             self._refuse(shard, _told(new, differing))
         label = old.label if committed else new.label
-        return replace(old, source=new.source, label=label, reason=None, message=None, size=new.size, version=new.version)
+        return replace(old, label=label, reason=None, message=None, **{name: getattr(new, name) for name in PLACE})
 
     def _gone_row(self, old: Clip, new: Clip | None, *, committed: bool) -> Clip:
         """An input that is not there (any more). What a committed shard says of it stays true."""
@@ -298,7 +303,7 @@ class _Update:
             self._note("gone", f"gone: {old.key} ({old.source})")
         if new is None or committed or new.reason != MISSING:
             return old
-        return replace(old, source=new.source, label=new.label, reason=MISSING, message=new.message, size=None, version=None)
+        return replace(old, label=new.label, reason=MISSING, message=new.message, **{name: getattr(new, name) for name in PLACE})
 
     def _refuse(self, shard: str, what: str) -> None:
         self.refused[shard] = self.refused.get(shard, 0) + 1
@@ -353,8 +358,12 @@ def _same_path(old: Clip, new: Clip) -> bool:
 
 
 def _same_name(old: Clip, new: Clip) -> bool:
-    """A file that was moved with its folder."""
-    return storage.basename(old.source) == storage.basename(new.source)
+    """A file that was moved with its folder, or with the tar that it is in."""
+    return _own_name(old) == _own_name(new)
+
+
+def _own_name(clip: Clip) -> str:
+    return storage.basename(clip.source if clip.offset is None else tar_of(clip.source)[1])
 
 
 def _was_missing(old: Clip, new: Clip) -> bool:
@@ -390,7 +399,7 @@ def _differences(old: Clip, new: Clip) -> list[tuple[str, object, object]]:
         (kind, _, was), (kind_now, _, now) = old.version.partition(":"), new.version.partition(":")
         if kind == kind_now and (old.source == new.source or kind == "sha256"):
             found.append((kind, _time(was), _time(now)) if kind == "mtime" else (kind, was, now))
-    return found
+    return found + [(name, was, now) for name in PART if (was := getattr(old, name)) != (now := getattr(new, name))]
 
 
 def _time(nanoseconds: str) -> str:
@@ -403,15 +412,18 @@ def _told(clip: Clip, differing: Sequence[tuple[str, object, object]]) -> str:
 
 
 def media_plans(data: str) -> list[ShardPlan]:
-    """A media dataset's own cut into shards, failed rows included: what another dataset that is made of it is planned from.
+    """A media dataset's own cut into shards, failed rows included: what another dataset that is made of it is planned from. A view has no shards of
+    its own and is cut anew, as those of its clips alone would be.
 
     A clip's version is its shard's hash, so that whatever changes the shard is a change of its clips.
     """
-    table = Index.open(data, kind="media").table
+    index = Index.open(data, kind="media")
     names = ["shard", "shard_sha256", "key", "source", "split", "label", "reason", "message"]
     shards: dict[str, list[Clip]] = {}
-    for shard, sha256, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-        shards.setdefault(shard, []).append(Clip(*values, version=f"sha256:{sha256}"))
+    for shard, sha256, *values in zip(*(index.table.column(name).to_pylist() for name in names), strict=True):
+        shards.setdefault(shard, []).append(Clip(*values, version=sha256 and f"sha256:{sha256}"))
+    if index.view is not None:
+        return plan_shards(list(chain.from_iterable(shards.values())), index.info.spec["clips_per_shard"])
     return [ShardPlan(name, clips[0].split, tuple(clips)) for name, clips in shards.items()]
 
 

@@ -85,7 +85,8 @@ def encode_unit(shard: str, clips: Sequence[Clip], encode: EncodeConfig, limits:
 def encode_clip(clip: Clip, encode: EncodeConfig, limits: Limits, *, keep_frames: bool = False) -> EncodedClip | MediaError:
     """Re-encode one clip in a process of its own; a clip that cannot be becomes its reason."""
     try:
-        return call(partial(reencode, keep_frames=keep_frames), fetched(clip.source), encode, limits=limits)
+        cut = partial(reencode, start_seconds=clip.start_seconds, end_seconds=clip.end_seconds, keep_frames=keep_frames)
+        return call(cut, fetched(clip), encode, limits=limits)
     except MediaError as error:
         return error
 
@@ -94,8 +95,14 @@ def media_entry(clip: Clip, encoded: EncodedClip | MediaError) -> Entry:
     """The ledger row and, for a good clip, the members `KEY.mp4` and `KEY.json`."""
     if isinstance(encoded, MediaError):
         return failed_entry(clip, encoded.reason, encoded.message)
-    described = json_bytes({"key": clip.key, "split": clip.split, "label": clip.label, **encoded.record()})
+    described = json_bytes({"key": clip.key, "split": clip.split, "label": clip.label, **_part(clip), **encoded.record()})
     return Entry(clip.key, clip.split, clip.label, clip.source, encoded.duration_seconds, {"mp4": encoded.mp4, "json": described})
+
+
+def _part(clip: Clip) -> dict[str, float | None]:
+    """Which part of its video a clip is, if it is not all of it."""
+    part = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
+    return part if any(second is not None for second in part.values()) else {}
 
 
 def tick_of(entries: Sequence[Entry], seconds: dict[str, float]) -> Tick:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES
-from pipeline.decode import MediaError, Pictures, picture_pieces, video_frames
+from pipeline.decode import MediaError, Pictures, exact_seconds, picture_pieces, video_frames
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Stretch:
     start_frame: int = 0
     segments: int = 0
     """Whole segments of it; 0 takes everything up to the end, the last segment filled up by holding the last picture."""
+    end_frame: int | None = None
+    """Where the video ends for this purpose, if it goes on."""
 
     @classmethod
-    def of(cls, start_seconds: float, segments: int) -> "Stretch":
-        """The stretch from the picture that is shown at `start_seconds`."""
-        return cls(floor(Fraction(start_seconds).limit_denominator(1_000_000) * FRAME_RATE_HZ), segments)
+    def of(cls, start_seconds: float, segments: int, *, end_seconds: float | None = None) -> "Stretch":
+        """The stretch from the picture that is shown at `start_seconds`, of a video that ends at `end_seconds` or by itself."""
+        start, end = (None if at is None else floor(exact_seconds(at) * FRAME_RATE_HZ) for at in (start_seconds, end_seconds))
+        return cls(start or 0, segments, end)
 
     @property
     def start_seconds(self) -> Fraction:
@@ -36,7 +39,8 @@ class Stretch:
 
     def frames_of(self, video_frames: int) -> int:
         """How many frames the stretch has in a video of so many. Raises MediaError `too_short` where the video has not enough."""
-        left, wanted = video_frames - self.start_frame, self.segments * SEGMENT_FRAMES
+        end = video_frames if self.end_frame is None else min(video_frames, self.end_frame)
+        left, wanted = end - self.start_frame, self.segments * SEGMENT_FRAMES
         if left < max(wanted, SEGMENT_FRAMES):
             raise MediaError(
                 "too_short",

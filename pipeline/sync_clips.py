@@ -262,8 +262,8 @@ class JudgeActor:
 
     def _row(self, clip: Clip) -> Row:
         try:
-            source = fetched(clip.source) if self._media is None else self._media.bytes(self._media.row(clip.key), "mp4")
-            return ok_row(clip, self._judge.judge(source, as_stored=self._media is not None))
+            source = fetched(clip) if self._media is None else self._media.bytes(self._media.row(clip.key), "mp4")
+            return ok_row(clip, self._judge.judge(source, part=(clip.start_seconds, clip.end_seconds), as_stored=self._media is not None))
         except MediaError as error:
             return failed_row(clip, error)
 

@@ -93,9 +93,15 @@ class Judge:
         self.other = load(options.synchronisability_weights, head="synchronisable") if options.synchronisable else None
 
     def judge(
-        self, source: str | Path | bytes, *, as_stored: bool = False, tell: Callable[[float, float], None] = lambda _done, _of: None
+        self,
+        source: str | Path | bytes,
+        *,
+        part: tuple[float | None, float | None] = (None, None),
+        as_stored: bool = False,
+        tell: Callable[[float, float], None] = lambda _done, _of: None,
     ) -> Timeline:
-        """The timeline of one video. Clips of a media dataset are looked at `as_stored`, not brought to size again.
+        """The timeline of one video, or of the part of it from one second to another. Clips of a media dataset are looked at `as_stored`, not brought
+        to size again.
 
         `tell` hears, in seconds, how far it is and of how much. Raises MediaError where the video is at fault: `too_short`, `silent`, `blank`
         (nothing to see), `no_video`, `no_audio`, or what decoding finds.
@@ -109,6 +115,7 @@ class Judge:
             most_frames=None if options.start_seconds is None else cut.frames,
             short_side=None if as_stored else self.scorer.short_side,
             piece_frames=PIECE_FRAMES,
+            part=part,
         )
         with closing(isolate.stream(watching, source, limits=self._limits)) as items:
             length = cast(Length, next(items))

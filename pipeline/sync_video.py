@@ -43,14 +43,22 @@ class Piece:
 
 
 def watch(
-    source: str | Path | bytes, *, start_frame: int, start_sample: int, most_frames: int | None, short_side: int | None, piece_frames: int
+    source: str | Path | bytes,
+    *,
+    start_frame: int,
+    start_sample: int,
+    most_frames: int | None,
+    short_side: int | None,
+    piece_frames: int,
+    part: tuple[float | None, float | None] = (None, None),
 ) -> Iterator[Length | Piece]:
     """First the Length, then what follows from `start_frame` and `start_sample` on, at most `most_frames` pictures, `piece_frames` at a time.
 
-    Pictures are scaled to `short_side`, or left at their size. Raises MediaError where the video is at fault: `no_video`, `no_audio`, `truncated`,
-    `undecodable`, or `too_short` where it ends before its start.
+    `part`: start and end, in seconds, of the part of the video that is meant, on whose clock all else is. Pictures are scaled to `short_side`, or
+    left at their size. Raises MediaError where the video is at fault: `no_video`, `no_audio`, `truncated`, `undecodable`, or `too_short` where it
+    ends before its start.
     """
-    with open_clip(source, need_audio=True, in_memory=False) as clip:
+    with open_clip(source, need_audio=True, in_memory=False, start_seconds=part[0], end_seconds=part[1]) as clip:
         sound_rate_hz, _ = clip.sound_format()
         assert sound_rate_hz > 0
         together = max(0, min(clip.frames - start_frame, clip.frames - -(-start_sample // FRAME_SAMPLES)))
