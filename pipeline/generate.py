@@ -278,14 +278,14 @@ class Generator:
         return clip_seed(self.config.seed, f"{clip.key}#{candidate}" if candidate else clip.key)
 
     def _stretch(self, clip: Clip) -> Stretch:
-        return Stretch.of(self.job.starts.get(clip.key, 0.0), self.config.segments)
+        return Stretch.of(self.job.starts.get(clip.key, 0.0), self.config.segments, end_seconds=clip.end_seconds)
 
     @property
     def _short_side(self) -> int | None:
         return None if self.media else self.config.short_side
 
     def _source(self, clip: Clip) -> str | bytes:
-        return fetched(clip.source) if self.media is None else self.media.bytes(self.media.row(clip.key), "mp4")
+        return fetched(clip) if self.media is None else self.media.bytes(self.media.row(clip.key), "mp4")
 
     def _decode(self, clip: Clip) -> Decoded:
         """Pictures of whole segments, the last one filled up by holding the last picture, and the prompt's sound. Raises Film for a film."""
@@ -382,6 +382,9 @@ def videos(config: GenerateConfig) -> tuple[list[Clip], dict[str, float]]:
         absent = [Clip(key, key, "test", None, "missing", f"{config.starts} names it, and it is not there") for key in starts if key not in there]
         clips = [clip for clip in clips if clip.key in starts] + absent
     clips.sort(key=lambda clip: (clip.key, clip.source))
+    # Of a clip that is a part of its video, starts count from where that begins.
+    parts = {clip.key: clip.start_seconds for clip in clips if clip.start_seconds}
+    starts = {**parts, **{key: start + parts.get(key, 0.0) for key, start in starts.items()}}
     return clips[: config.limit] if config.limit else clips, starts
 
 
