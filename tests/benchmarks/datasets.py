@@ -1,6 +1,6 @@
 """Large datasets without media: seconds and memory of everything that deals with lists, ledgers and views, at 200 thousand rows and at 2 million.
 
-    python -m tests.benchmarks.datasets [clips=190053,2000000] [datasets=../shared/datasets] [folder=/tmp]
+    python -m tests.benchmarks.datasets [clips=190053,2000000] [datasets=../shared/datasets] [folder=/tmp] [steps=open,view,...]
 
 The dataset is made by `tests.made_ledgers`: real ledgers over tars of holes, feature shards of 64 clips of 10 s as `soundshard prepare` makes them.
 190,053 clips are VGGSound's own, and its subset VisualSound, where the published lists are; other sizes, and without the lists, have keys made up in
@@ -8,8 +8,8 @@ their form, and a subset of 48 %, the same part. More than 200,000 have narrow f
 
 Every step runs in a process of its own, as a user's command would: `seconds` and `cpu` of what it does, `start` of starting Python and importing what
 it needs, `peak_mb` the most resident memory it had (mapped parts of shards included), `own_mb` the most without what is mapped from files. The steps:
-`discover` lists a folder of as many empty files with a csv; `plan` and `plan_again` make the plan and find it unchanged (`planning_mb`: of the
-planning process, which ends with it); `open_ledgers` indexes the dataset from its ledgers, `manifest` merges them, `open` indexes the dataset from
+`plan` and `plan_again` list a folder of as many empty files with a csv, make the plan and find it unchanged (`planning_mb`: of the planning process,
+which ends with it); `open_ledgers` indexes the dataset from its ledgers, `manifest` merges them, `open` indexes the dataset from
 that; `view` writes the rows that the lists name as a view and `open_view` indexes it; `train` opens its training split and gives the first batch;
 `epoch` gives all batches of an epoch, read from the holes, and compares their keys with the list's. The last line is JSON.
 """
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,6 @@ def measured(figures: dict[str, Any]) -> Iterator[None]:
 
 
 # --- the steps: each imports what it needs, then does it ------------------------------------------------------------------------------
-
-
-def discover_step(figures: dict[str, Any], folder: Path) -> None:
-    from pipeline.discover import DiscoverConfig, discover
-
-    with measured(figures):
-        figures["rows"] = len(discover(DiscoverConfig(f"{folder}/clips")))
 
 
 def plan_step(figures: dict[str, Any], folder: Path) -> None:
@@ -152,7 +145,6 @@ def epoch_step(figures: dict[str, Any], folder: Path) -> None:
 
 
 STEPS: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "discover": discover_step,
     "plan": plan_step,
     "plan_again": plan_step,
     "open_ledgers": open_step,
@@ -200,13 +192,14 @@ def run_step(step: str, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def measure(clips: int, datasets: Path | None, folder: Path) -> dict[str, Any]:
-    """All figures of one size."""
+def measure(clips: int, datasets: Path | None, folder: Path, chosen: Collection[str]) -> dict[str, Any]:
+    """The figures of one size."""
     keys = published_keys(datasets) if datasets else made_up_keys(clips)
-    listed = make_lists(folder / "lists", keys, datasets)
-    make_inputs(folder, keys)
-    steps = {step: run_step(step, folder) for step in ("discover", "plan", "plan_again")}
-    shutil.rmtree(folder / "clips")
+    listed, steps = make_lists(folder / "lists", keys, datasets), {}
+    if "plan" in chosen:
+        make_inputs(folder, keys)
+        steps |= {step: run_step(step, folder) for step in ("plan", "plan_again")}
+        shutil.rmtree(folder / "clips")
     made = clips_of(keys)
     del keys
     (folder / "data").mkdir()
@@ -216,7 +209,7 @@ def measure(clips: int, datasets: Path | None, folder: Path) -> dict[str, Any]:
     good = set(made.good_keys("train")) & set(listed["train"])
     (folder / "wanted.txt").write_text("\n".join(sorted(good)))
     del good, listed
-    steps |= {step: run_step(step, folder) for step in STEPS if step not in steps}
+    steps |= {step: run_step(step, folder) for step in STEPS if step in chosen and step not in steps}
     return {"clips": len(made.keys), "published": datasets is not None, "shards": shards, "steps": steps}
 
 
@@ -232,7 +225,7 @@ def main(argv: list[str]) -> None:
     for clips in map(int, options.get("clips", f"{PUBLISHED},2000000").split(",")):
         published = datasets if clips == PUBLISHED and (datasets / "vggsound").is_dir() else None
         with tempfile.TemporaryDirectory(dir=options.get("folder")) as folder:
-            runs.append(measure(clips, published, Path(folder)))
+            runs.append(measure(clips, published, Path(folder), options.get("steps", ",".join(STEPS)).split(",")))
     print(json.dumps({"runs": runs}))
 
 
