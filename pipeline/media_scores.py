@@ -44,6 +44,8 @@ CUT_SIDE = 16
 """Short side in pixels of the pictures compared for cuts: averages in which small things that move hardly show."""
 CUT_LEVELS = 12.0
 """The least difference of a cut, in mean levels of 255."""
+CUT_COLOURS = 0.2
+"""And the least part of the picture whose colours, in 8 x 8 x 8 bins, are others after it: a jerk of the camera shows the same ones elsewhere."""
 CUT_RATIO = 3.0
 """By how much it must be above the mean difference from picture to picture around it: motion and pans are large everywhere."""
 CUT_AROUND = 12
@@ -209,29 +211,41 @@ def _largest_block(change: Float32[np.ndarray, "height width"]) -> float:
 def cut_frames(pictures: Pictures) -> list[int]:
     """Hard cuts, each as the number of the first picture after it.
 
-    Pictures are compared by the mean absolute difference of their colours at 16 pixels. Between the 0.2 s before and the 0.2 s after a cut every pair
-    of pictures differs, while after a flash it is as before; and the least of these differences is far above the differences from picture to picture
-    nearby, which a moving camera has everywhere (the adaptive detector of PySceneDetect; differs: every pair, so that flashes do not count). Cuts in
-    the first and last 0.2 s are not looked for, and of two within 0.2 s only one can be found.
+    Pictures are compared by the mean absolute difference of their colours at 16 pixels, and by their histograms of colours. Between the 0.2 s before
+    and the 0.2 s after a cut every pair of pictures differs in both, while after a flash it is as before, and after a jerk the colours are the same;
+    and the least of the differences is far above those from picture to picture nearby, which a moving camera has everywhere (the adaptive detector
+    of PySceneDetect; differs: every pair, and both measures). Cuts in the first and last 0.2 s are not looked for, and of two within 0.2 s only one
+    can be found.
     """
-    side = max(1, min(pictures.shape[1:3]) // CUT_SIDE)
-    small = _averaged(pictures, side)
-    if len(small) < 2 * CUT_FRAMES:
+    if len(pictures) < 2 * CUT_FRAMES:
         return []
-    steps = np.zeros(len(small))
-    steps[1:] = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))
-    least = np.full(len(small), np.inf)
-    for before in range(1, CUT_FRAMES + 1):
-        for after in range(CUT_FRAMES):
-            apart = np.abs(small[before + after :] - small[: len(small) - before - after]).mean((1, 2, 3))
-            # Picture `before` ahead of cut k against picture `after` behind it: `apart` begins with the pair whose cut is number `before`.
-            least[before : before + len(apart)] = np.minimum(least[before : before + len(apart)], apart)
+    small = _averaged(pictures, max(1, min(pictures.shape[1:3]) // CUT_SIDE)).reshape(len(pictures), -1)
+    levels, colours = _least(small) / small.shape[1], _least(_histograms(pictures)) / 2
+    steps = np.abs(np.diff(small, axis=0, prepend=small[:1])).mean(1)
     found = []
     for at in range(CUT_FRAMES, len(small) - CUT_FRAMES + 1):
-        around = np.delete(steps[max(1, at - CUT_AROUND) : at + CUT_AROUND + 1], at - max(1, at - CUT_AROUND))
-        if least[at] >= CUT_LEVELS and least[at] >= CUT_RATIO * around.mean():
+        near = steps[max(1, at - CUT_AROUND) : at + CUT_AROUND + 1]
+        around = (near.sum() - steps[at]) / (len(near) - 1)
+        if levels[at] >= max(CUT_LEVELS, CUT_RATIO * around) and colours[at] >= CUT_COLOURS:
             found.append(at)
     return found
+
+
+def _least(vectors: Float32[np.ndarray, "frames numbers"]) -> Float32[np.ndarray, "frames"]:
+    """For each picture k the least sum of differences between one of the `CUT_FRAMES` before it and one of as many from it on."""
+    least = np.full(len(vectors), np.inf, np.float32)
+    for before in range(1, CUT_FRAMES + 1):
+        for after in range(CUT_FRAMES):
+            apart = np.abs(vectors[before + after :] - vectors[: len(vectors) - before - after]).sum(1)
+            ours = least[before : before + len(apart)]
+            np.minimum(ours, apart, out=ours)
+    return least
+
+
+def _histograms(pictures: Pictures) -> Float32[np.ndarray, "frames 512"]:
+    """Which part of each picture has which colour, in 8 x 8 x 8 bins."""
+    bins = (pictures >> 5).reshape(len(pictures), -1, 3).astype(np.int16) @ np.array([64, 8, 1], np.int16)
+    return np.stack([np.bincount(row, minlength=512) for row in bins]).astype(np.float32) / bins.shape[1]
 
 
 def _averaged(pictures: Pictures, side: int) -> Float32[np.ndarray, "frames rows columns 3"]:
@@ -257,7 +271,7 @@ class Vad:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._model = torch.jit.load(vad_file(), map_location="cpu").eval()
 
-    def __call__(self, waves: Sequence[Float32[np.ndarray, "samples"]]) -> list[Float32[np.ndarray, "windows"]]:
+    def __call__(self, waves: Sequence[Float32[np.ndarray, "_"]]) -> list[Float32[np.ndarray, "_"]]:
         """How probably each 32 ms of 16 kHz sounds is speech; of the last, what is missing is silence. In one batch: what comes later changes nothing
         before it."""
         import torch

@@ -132,15 +132,20 @@ def _text(path: str) -> str:
         raise ValueError(f"{path} is not text: {error}") from error
 
 
+def rows_of(keys: pa.Array, among: pa.ChunkedArray) -> pa.Array:
+    """In which row of `among` each key is; null for none."""
+    return pc.call_function("index_in", [keys], pc.SetLookupOptions(among.combine_chunks()))
+
+
 # --- many tables as one ---------------------------------------------------------------------------------------------------------------
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Tables of `read_scores` side by side, a row for each key that any of them has; ValueError where two have the same column."""
-    keys = pa.chunked_array([table[KEY].combine_chunks() for table in tables]).unique() if tables else pa.array([], pa.string())
+    keys = pa.chunked_array([chunk for table in tables for chunk in table[KEY].chunks], pa.string()).unique()
     columns: dict[str, pa.ChunkedArray | pa.Array] = {KEY: keys}
     for table in tables:
-        rows = pc.index_in(keys, value_set=table[KEY].combine_chunks())
+        rows = rows_of(keys, table[KEY])
         for name in table.column_names:
             if name != KEY and name in columns:
                 raise ValueError(f"two tables of scores have a column {name!r}; give one of them, or rename it")
