@@ -34,7 +34,8 @@ def read_list(path: str) -> list[Listed]:
     """The clips of a list in its order, each row once; a clip may be cut at several places.
 
     By its header, a csv is a list of fixed offsets, or the clean list of VGGSound-Sparse with or without offsets: of those, the rows that are in
-    sync and not missing, as published. Other files are what `listing` of `soundshard prepare` is: any list of clips. Raises ValueError for a file that is none of them, or has a row that cannot be read.
+    sync and not missing, as published. Other files are what `listing` of `soundshard prepare` is: any list of clips. Raises ValueError for a file
+    that is none of them, or has a row that cannot be read.
     """
     if not storage.is_file(path):
         raise ValueError(f"{path}: no such file; expected a list of clips")
