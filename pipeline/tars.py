@@ -26,16 +26,17 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.storage import Stat
+from pipeline.lists import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 TAR_SUFFIXES = (".tar", *PACKED_SUFFIXES)
 INSIDE = "::"
 """Between a tar's path and a member's name in a clip's source."""
-SOURCE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, TAR_SUFFIXES))})){INSIDE}(.+)", re.DOTALL | re.IGNORECASE)
 HIDDEN = re.compile(r"(?:^|/)\.(?!\./)")
 BLOCK = 512
 ZEROS = bytes(BLOCK)
+SPACE = ord(" ")
+OCTAL = re.compile(rb"[0-7]+")
 RECORD = 20 * BLOCK
 """What tars are filled up to with zeros."""
 WINDOW_BYTES = 4096
@@ -90,9 +91,11 @@ def source_of(path: str, member: str) -> str:
 
 def tar_of(source: str) -> tuple[str, str]:
     """The tar's path and the member's name out of `PATH.tar::MEMBER`."""
-    match = SOURCE.fullmatch(source)
-    assert match is not None, f"{source!r} is no member of a tar"
-    return match[1], match[2]
+    at = source.find(INSIDE)
+    while not is_tar(source[:at]):
+        assert at >= 0, f"{source!r} is no member of a tar"
+        at = source.find(INSIDE, at + 1)
+    return source[:at], source[at + len(INSIDE) :]
 
 
 # --- what a tar holds -----------------------------------------------------------------------------------------------------------------
@@ -107,7 +110,8 @@ def videos(path: str) -> Iterator[TarVideo]:
     found = storage.stat(path)
     if found is None:
         raise FileNotFoundError(2, "no such file", path)
-    yield from _videos(_File(found))
+    with _File(found) as file:
+        yield from _videos(file)
 
 
 def listed(paths: Sequence[str]) -> Iterator[tuple[Stat, list[TarVideo]]]:
@@ -131,8 +135,8 @@ def _listed(path: str) -> tuple[Stat, list[TarVideo]]:
     kept = storage.cache_dir() / "tars" / f"{name}.json"
     if (known := _known(kept)) is not None:
         return found, known
-    file = _File(found)
-    members = list(_videos(file))
+    with _File(found) as file:
+        members = list(_videos(file))
     if file.headers >= KEPT_MEMBERS:
         try:
             storage.write_bytes(kept, json.dumps(members).encode())
@@ -161,6 +165,14 @@ class _File:
         self.headers = 0
         self._found, self._stop = found, threading.Event()
         self._start, self._data = 0, b""
+        self._local = None if storage.is_remote(found.path) else os.open(found.path, os.O_RDONLY)
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._local is not None:
+            os.close(self._local)
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes `[start, end)`, fewer where the file ends."""
@@ -173,10 +185,9 @@ class _File:
     def _range(self, start: int, end: int) -> bytes:
         if end <= start:
             return b""
-        if storage.is_remote(self.path):
+        if self._local is None:
             return bytes(storage.read_range(self._found, start, end, stop=self._stop))
-        with open(self.path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), end - start, start)
+        return os.pread(self._local, end - start, start)
 
     def next_data(self, at: int) -> int | None:
         """The first block from `at` on that is not all zeros; None if there is none."""
@@ -302,7 +313,7 @@ def _header(block: bytes) -> _Header | None:
     if len(block) < BLOCK:
         return None
     told = _number(block[148:156])
-    unsigned = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    unsigned = sum(block) - sum(block[148:156]) + 8 * SPACE
     if told != unsigned and told != unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
         return None
     size = _number(block[124:136])
@@ -323,7 +334,7 @@ def _number(field: bytes) -> int | None:
     if field[0] == 0o200:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
-    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+    return (int(digits, 8) if OCTAL.fullmatch(digits) else None) if digits else 0
 
 
 def _records(data: bytes, file: _File, start: int) -> dict[str, str]:
@@ -363,6 +374,17 @@ def member_bytes(source: str, offset: int, size: int) -> bytes:
 # --- compressed tars ------------------------------------------------------------------------------------------------------------------
 
 
+def compressed(paths: Sequence[str]) -> list[str]:
+    """Those of the files that are compressed, by how they begin: a name may say otherwise."""
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        kinds = list(pool.map(_kind, paths))
+    return [path for path, kind in zip(paths, kinds, strict=True) if kind]
+
+
+def _kind(path: str) -> str:
+    return _compression(storage.read_bytes(path, 0, 8)) or ""
+
+
 def unpacked(paths: Sequence[str], folder: str) -> list[str]:
     """Plain tars for all of these, in the same order: those that are plain as they are, compressed ones (gzip, bzip2, xz) written to `folder`, once.
 
@@ -376,7 +398,7 @@ def unpacked(paths: Sequence[str], folder: str) -> list[str]:
         found = storage.stat(path)
         if found is None:
             raise FileNotFoundError(2, "no such file", path)
-        if _compression(storage.read_bytes(path, 0, 8)) is None:
+        if not _kind(path):
             plain.append(path)
         else:
             plain.append(storage.join(folder, _plain_name(path.removeprefix(common))))
@@ -456,7 +478,7 @@ def _unpack(found: Stat, target: str, bar: tqdm, stop: threading.Event) -> None:
 
 def _decompressed(found: Stat, bar: tqdm, stop: threading.Event) -> Iterator[bytes]:
     """A compressed file's content in pieces; several streams one after the other are one, as the tools have it."""
-    kind = _compression(storage.read_bytes(found.path, 0, 8)) or ""
+    kind = _kind(found.path)
     if kind not in DECOMPRESSORS:
         raise ValueError(f"{found.path} is compressed ({kind}), which cannot be unpacked here; unpack it with that tool and give the plain tar")
     machine = DECOMPRESSORS[kind]()
