@@ -88,14 +88,18 @@ class Listing:
 
 def listing(root: str | os.PathLike) -> Listing:
     """What shards there are. A folder that does not exist has none."""
+    return listing_of(storage.scan(root, recursive=False) if storage.is_remote(root) or storage.is_folder(root) else [])
+
+
+def listing_of(files: Iterable[storage.Stat]) -> Listing:
+    """What shards there are among the files of a dataset."""
     found: dict[str, dict[str, int]] = {"parquet": {}, "tar": {}}
     manifest = False
-    if storage.is_remote(root) or storage.is_folder(root):
-        for file in storage.scan(root, recursive=False):
-            name, _, kind = storage.basename(file.path).rpartition(".")
-            manifest |= f"{name}.{kind}" == MANIFEST
-            if kind in found and SHARD_NAME.fullmatch(name):
-                found[kind][name] = file.size
+    for file in files:
+        name, _, kind = storage.basename(file.path).rpartition(".")
+        manifest |= f"{name}.{kind}" == MANIFEST
+        if kind in found and SHARD_NAME.fullmatch(name):
+            found[kind][name] = file.size
     return Listing(dict(sorted(found["parquet"].items())), dict(sorted(found["tar"].items())), manifest)
 
 

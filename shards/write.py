@@ -30,6 +30,7 @@ from shards.ledger import SHARD_NAME
 __all__ = [
     "Entry",
     "Outcome",
+    "TarWriter",
     "Totals",
     "check_key",
     "clear",
@@ -149,7 +150,7 @@ def write_shard(root: str | os.PathLike, name: str, entries: Iterable[Entry]) ->
     rows: list[dict] = []
     keys: set[str] = set()
     with storage.writing(tar_path) as file:
-        tar = _Tar(file)
+        tar = TarWriter(file)
         for entry in entries:
             if entry.split != matched["split"]:
                 raise ValueError(f"entry {entry.key!r} is of split {entry.split!r}; shard {name} holds split {matched['split']!r}")
@@ -353,7 +354,7 @@ def _tar_path(root: str | os.PathLike, name: str) -> str:
     return storage.join(root, f"{name}.tar")
 
 
-def _row(entry: Entry, tar: "_Tar") -> dict:
+def _row(entry: Entry, tar: "TarWriter") -> dict:
     """The entry's ledger row, its members added to the tar."""
     row: dict = {
         "key": _text(entry.key),
@@ -376,6 +377,18 @@ def _row(entry: Entry, tar: "_Tar") -> dict:
     return row
 
 
+def member_header(name: str, size: int) -> bytes:
+    """The block before a member's payload."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, encoding="utf-8", errors="strict")
+
+
+def end_bytes(position: int) -> int:
+    """How many zeros end an archive whose last member ends, padded, at `position`: two blocks, and what fills the record."""
+    return 2 * tarfile.BLOCKSIZE + -(position + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
+
+
 def _text(text: str | None) -> str | None:
     """File names may hold bytes that are no UTF-8 (Python keeps them as surrogates); a ledger shows them as `\\udcff`."""
     return text if text is None else text.encode("utf-8", "backslashreplace").decode()
@@ -394,8 +407,11 @@ def _npy_header(data: bytes) -> tuple[list[int], str]:
     return list(shape), dtype.str
 
 
-class _Tar:
-    """Plain ustar: mtime, uid and gid 0, no user names. Float times would cost a PAX header, 1 KB and a parse, for every member."""
+class TarWriter:
+    """A shard's tar, member by member.
+
+    Plain ustar: mtime, uid and gid 0, no user names. Float times would cost a PAX header, 1 KB and a parse, for every member.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self.position = file, sha256(), 0
@@ -404,9 +420,7 @@ class _Tar:
         """Appends a member; returns the offset of its payload."""
         if len(name.encode()) > MAX_NAME_BYTES:
             raise ValueError(f"member name {name!r} has {len(name.encode())} bytes; plain tar headers hold {MAX_NAME_BYTES}: shorten the key")
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(data), 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT, encoding="utf-8", errors="strict"))
+        self._write(member_header(name, len(data)))
         offset = self.position
         self._write(data)
         self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
@@ -414,8 +428,7 @@ class _Tar:
 
     def close(self) -> None:
         """Ends the archive: two zero blocks, padded to a whole record, as tar does."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self.position % tarfile.RECORDSIZE))
+        self._write(bytes(end_bytes(self.position)))
         self.sha256 = self._hash.hexdigest()
 
     def _write(self, data: bytes) -> None:
