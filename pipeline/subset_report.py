@@ -116,7 +116,7 @@ def report(chosen: Chosen, published: Mapping[str, Mapping[str, int]]) -> Iterat
     for step in chosen.steps:
         by_split = [f"{step.clips.get(split, 0):,}" for split in splits] if len(splits) > 1 else []
         name = step.name if len(step.name) <= SHOWN_LETTERS else f"{step.name[: SHOWN_LETTERS - 3]}..."
-        rows.append((name, f"{step.total:,}", *by_split, f"{step.failed:,}", f"{step.seconds / 3600:,.1f}", size_text(step.bytes)))
+        rows.append((name, f"{step.total:,}", *by_split, f"{step.failed:,}", _hours(step), size_text(step.bytes)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) if number == 0 else cell.rjust(width) for number, (cell, width) in enumerate(zip(row, widths, strict=True))]
@@ -150,8 +150,13 @@ def _order(split: str) -> tuple[int, str]:
     return usual.index(split) if split in usual else len(usual), split
 
 
+def _hours(step: Step) -> str:
+    hours = step.seconds / 3600
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.3f}"
+
+
 def summed(step: Step) -> str:
-    return f"{step.total:,} clips, {step.seconds / 3600:,.1f} hours, {size_text(step.bytes)}"
+    return f"{step.total:,} clips, {_hours(step)} hours, {size_text(step.bytes)}"
 
 
 def write_lacking(out: str, presences: Sequence[Presence]) -> None:

@@ -87,5 +87,5 @@ def test_what_it_may_not_say(where: str, says: str) -> None:
 
 
 def test_what_fails_on_the_values() -> None:
-    with pytest.raises(ValueError, match="where=json_extract.*malformed JSON"):
+    with pytest.raises(ValueError, match=r"where=json_extract.*malformed JSON"):
         holds("json_extract(label, '$.a')", {"label": pa.array(["{"])})
