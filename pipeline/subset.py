@@ -18,7 +18,7 @@ from tqdm import tqdm
 from configs import storage
 from configs.load import job_main
 from pipeline.select import Answer, Names, as_answer, check_splits, classes_of, is_good, of_classes, remaining, told_by, with_missing, within
-from pipeline.subset_lists import read_classes, read_lists
+from pipeline.subset_lists import classes_in, read_lists
 from pipeline.subset_report import SHOWN, Chosen, Tally, presence_of, report, summed, write_lacking
 from pipeline.subset_scores import Scores, in_sync
 from pipeline.where import columns_of, holds
@@ -158,7 +158,7 @@ def choose(index: Index, config: SubsetConfig) -> Chosen:
     if excluded := read_lists("exclude", several(config.exclude)):
         keep(excluded.name, as_answer(names.places(names.find(excluded.keys)) < 0))
     if config.classes:
-        classes = read_classes(config.classes)
+        classes = classes_in(config.classes)
         notes += _unknown_classes(classes, table)
         keep(f"classes={config.classes}", of_classes(table["label"], classes))
     if config.min_seconds is not None or config.max_seconds is not None:

@@ -6,8 +6,9 @@ Knows the forms of lists only through `pipeline.lists`. Knows no dataset.
 from collections.abc import Sequence
 
 from configs import storage
-from pipeline.lists import lines_of, read_listing, read_text, split_of
+from pipeline.lists import read_listing, split_of
 from pipeline.select import Listing
+from pipeline.sync_lists import read_classes
 
 Said = tuple[str | None, str | None, float | None]
 """What a list says of a clip: its split, label and start."""
@@ -47,15 +48,10 @@ def _agreed(key: str, before: Said, now: Said, path: str) -> Said:
     return before[0] or now[0], before[1] or now[1], now[2] if before[2] is None else before[2]
 
 
-def read_classes(text: str) -> list[str]:
-    """Classes as an option gives them: names with ';' between, or a file that has one a line, or columns `class` and `is_sparse` (y or n) by tabs."""
-    if not storage.is_file(text):
-        if text.lower().endswith((".txt", ".csv", ".tsv")):
-            raise ValueError(f"classes={text}: no such file; expected one with a class a line, or classes themselves, with ';' between")
-        return [name for name in map(str.strip, text.split(";")) if name]
-    lines = lines_of(read_text(text))
-    rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
-    found = [row[0] for row in rows[1:] if row[1:] == ["y"]] if lines and rows[0] == ["class", "is_sparse"] else lines
-    if not found:
-        raise ValueError(f"{text} marks no classes; expected one a line, or columns class and is_sparse (y or n), separated by tabs")
-    return found
+def classes_in(text: str) -> list[str]:
+    """Classes as an option gives them: names with ';' between, or a file of them."""
+    if storage.is_file(text):
+        return read_classes(text)
+    if text.lower().endswith((".txt", ".csv", ".tsv")):
+        raise ValueError(f"classes={text}: no such file; expected one with a class a line, or classes themselves, with ';' between")
+    return [name for name in map(str.strip, text.split(";")) if name]
