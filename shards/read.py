@@ -64,15 +64,15 @@ class Index:
         """Of a view (`shards.view`): the parent's root, where the shards are; the view's description; its rows."""
         self.view = view
         """Where the view is; None if this is no view."""
-        good = table.filter(pc.field("status") == "ok").combine_chunks()
-        self.start_seconds: np.ndarray | None = _column(good, START).fill_null(0.0).to_numpy() if START in good.column_names else None
+        good = _Good(table)
+        self.start_seconds: np.ndarray | None = good.column(START).fill_null(0.0).to_numpy() if START in table.column_names else None
         """Where in each good clip the stretch that a list means begins; None but for a view that was made with such a list."""
-        self.ok, self.failed = good.num_rows, table.num_rows - good.num_rows
-        self.keys: pa.Array = _column(good, "key")
-        encoded = _column(good, "shard").dictionary_encode()
+        self.ok, self.failed = good.count, table.num_rows - good.count
+        self.keys: pa.Array = good.column("key")
+        encoded = good.column("shard").dictionary_encode()
         self.shards: list[str] = encoded.dictionary.to_pylist()
         self.shard_of: np.ndarray = encoded.indices.to_numpy()
-        self.members = {extension: _members(good, extension) for extension in ledger.extensions(good)}
+        self.members = {extension: _members(good, extension) for extension in ledger.extensions(table)}
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._told = False
 
@@ -89,13 +89,7 @@ class Index:
             raise DatasetMismatch(f"{root} is a {info.kind} dataset; expected a {kind} dataset")
         if fingerprint is not None and info.fingerprint != fingerprint:
             raise DatasetMismatch(f"{root} has fingerprint {info.fingerprint[:12]}; expected {fingerprint[:12]}: it was made with another spec")
-        table = _load(root, info.fingerprint) if info.view is None else _load_view(root, info)
-        _check_keys(root, table)
-        if split is not None:
-            splits = sorted(table["split"].unique().to_pylist())
-            if split not in splits:
-                raise ValueError(f"{root} has no split {split!r}; it has {', '.join(splits) or 'no rows at all: no shard of it is finished'}")
-            table = table.filter(pc.field("split") == split)
+        table = _load(root, info, split)
         return cls(root, info, table) if info.view is None else cls(parent_of(root, info), info, table, view=root)
 
     @classmethod
@@ -255,10 +249,41 @@ def _each(manifest: pq.ParquetFile, columns: list[str]) -> Iterator[list[pa.Reco
         yield [batch]
 
 
-def _load(root: str, fingerprint: str) -> pa.Table:
+def _load(root: str, info: DatasetInfo, split: str | None) -> pa.Table:
+    """The rows of a dataset or view, or those of one split. Keys are unique among all of them."""
+    kept, keys, splits = [], [], set[str]()
+    for rows in _rows(root, info):
+        here = rows["split"].unique().to_pylist()
+        splits |= set(here)
+        keys.append(_Good(rows).column("key"))
+        if split is None or here == [split]:
+            kept.append(rows)
+        elif split in here:
+            kept.append(rows.filter(pc.field("split") == split))
+    _check_keys(root, info, pa.chunked_array(keys, pa.string()))
+    if split is not None and split not in splits:
+        raise ValueError(f"{root} has no split {split!r}; it has {', '.join(sorted(splits)) or 'no rows at all: no shard of it is finished'}")
+    return kept[0] if len(kept) == 1 else ledger.merge(kept, info.fingerprint)
+
+
+def _rows(root: str, info: DatasetInfo) -> Iterator[pa.Table]:
+    """A dataset's rows, some thousand at a time: with all in one place, choosing from them would take them twice. A view's, which are chosen."""
+    if info.view is not None:
+        yield _load_view(root, info)
+        return
     found = ledger.listing(root)
-    manifest = ledger.open_manifest(root, found, fingerprint)
-    return ledger.merge(list(ledger.read_ahead(root, found.ledgers, fingerprint)), fingerprint) if manifest is None else manifest.read()
+    manifest = ledger.open_manifest(root, found, info.fingerprint)
+    if manifest is not None:
+        yield from map(manifest.read_row_group, range(manifest.num_row_groups))
+        return
+    held: list[pa.Table] = []
+    for rows in ledger.read_ahead(root, found.ledgers, info.fingerprint):
+        held.append(rows)
+        if sum(map(len, held)) >= ledger.MANIFEST_GROUP_ROWS:
+            yield ledger.merge(held, info.fingerprint).combine_chunks()
+            held = []
+    if held:
+        yield ledger.merge(held, info.fingerprint).combine_chunks()
 
 
 def parent_of(root: str, info: DatasetInfo) -> str:
@@ -311,29 +336,43 @@ def _shards_of(tables: Iterable[pa.Table]) -> dict[str, str]:
     return shards
 
 
-def _check_keys(root: str, table: pa.Table) -> None:
-    good = table.filter(pc.field("status") == "ok")
-    if len(good["key"].unique()) < good.num_rows:
-        twice = next(count["values"] for count in good["key"].value_counts().to_pylist() if count["counts"] > 1)
-        shards = good.filter(pc.field("key") == twice)["shard"].to_pylist()
+def _check_keys(root: str, info: DatasetInfo, keys: pa.ChunkedArray) -> None:
+    """ValueError if a key is twice among those of the good rows."""
+    if len(keys.unique()) < len(keys):
+        twice = next(count["values"] for count in keys.value_counts().to_pylist() if count["counts"] > 1)
+        good = pc.field("status") == "ok"
+        shards = [row for rows in _rows(root, info) for row in rows.filter(good & (pc.field("key") == twice))["shard"].to_pylist()]
         raise ValueError(f"{root}: key {twice!r} is good in more than one place ({', '.join(shards)}); keys must be unique in a dataset")
 
 
-def _column(table: pa.Table, name: str) -> pa.Array:
-    column = table[name].combine_chunks()
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+class _Good:
+    """The good rows of a table, column by column: all at once they would be most of the table once more."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._rows = pc.call_function("equal", [_whole(table["status"]), pa.scalar("ok")])
+        self.columns = table.column_names
+        self.count: int = self._rows.true_count
+
+    def column(self, name: str) -> pa.Array:
+        return _whole(self._table[name].filter(self._rows))
 
 
-def _members(good: pa.Table, extension: str) -> Members:
-    offset, size = (_column(good, f"{extension}.{name}").fill_null(fill).to_numpy() for name, fill in (("offset", -1), ("size", 0)))
-    if f"{extension}.shape" not in good.column_names:
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    found = column.combine_chunks()
+    return pa.concat_arrays(found.chunks) if isinstance(found, pa.ChunkedArray) else found
+
+
+def _members(good: _Good, extension: str) -> Members:
+    offset, size = (good.column(f"{extension}.{name}").fill_null(fill).to_numpy() for name, fill in (("offset", -1), ("size", 0)))
+    if f"{extension}.shape" not in good.columns:
         return Members(offset, size)
-    shapes, dtypes = _column(good, f"{extension}.shape").drop_null(), _column(good, f"{extension}.dtype").drop_null().unique().to_pylist()
+    shapes, dtypes = good.column(f"{extension}.shape").drop_null(), good.column(f"{extension}.dtype").drop_null().unique().to_pylist()
     ranks = np.unique(np.diff(shapes.offsets.to_numpy())).tolist()
     if not ranks:
         return Members(offset, size)
     if len(ranks) > 1 or len(dtypes) > 1:
         raise ValueError(f"member {extension!r} is not of one kind in this dataset: dtypes {dtypes}, numbers of dimensions {ranks}")
-    shape = np.zeros((good.num_rows, ranks[0]), np.int64)
+    shape = np.zeros((good.count, ranks[0]), np.int64)
     shape[offset >= 0] = shapes.flatten().to_numpy().reshape(-1, ranks[0])
     return ArrayMembers(offset, size, shape, np.dtype(dtypes[0]))
