@@ -111,9 +111,9 @@ def each(function: Callable[[Item], Scores]) -> Scoring:
 
 def registered() -> dict[str, Scorer]:
     """All scorers by name. Those of the same columns and names are refused."""
-    from pipeline import feature_scores, media_scores  # each is written in this module's words
+    from pipeline import feature_scores, imagebind, media_scores  # each is written in this module's words
 
-    scorers = (*media_scores.SCORERS, *feature_scores.SCORERS)
+    scorers = (*media_scores.SCORERS, *imagebind.SCORERS, *feature_scores.SCORERS)
     columns = [column for scorer in scorers for column in scorer.columns]
     assert len({scorer.name for scorer in scorers}) == len(scorers) and len(set(columns)) == len(columns), "scorers share a name or a column"
     return {scorer.name: scorer for scorer in scorers}
