@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from configs import storage
 from pipeline.generate import GenerateConfig, videos
 from pipeline.subset import SubsetConfig, choose, main, run, selection
 from shards import ledger
 from shards.dataset import create_or_check, json_bytes, new_info
 from shards.read import Index
 from shards.write import Entry, write_manifest, write_shard
+from tests.s3 import S3
 
 INFO = new_info("media", {"clips_per_shard": 5})
 LABELS = ("dog barking", "people eating, noodle", None)
@@ -385,3 +387,21 @@ def test_visualsound_by_the_published_lists() -> None:
         "failed there" if row["key"] in known else "not in the dataset" for row in chosen.presences[0].lacking
     ]
     assert chosen.table.num_rows == 91_047 and chosen.steps[-1].failed == 91_047 - len(kept) == len(chosen.presences[0].lacking)
+
+
+def test_everything_in_an_object_store(data: Path, tmp_path: Path, s3: S3) -> None:
+    scores = _scores(tmp_path, quality={n: n / 37 for n in GOOD})
+    lists = {"my_test.txt": _lines([_key(n) for n in range(20, 39)]), "classes.txt": "dog barking\n"}
+    for path in data.iterdir():
+        storage.write_bytes(f"{s3.url}/media/{path.name}", path.read_bytes())
+    for name, text in lists.items():
+        storage.write_bytes(f"{s3.url}/lists/{name}", text.encode())
+    storage.write_bytes(f"{s3.url}/media/scores.parquet", Path(scores).read_bytes())
+    options = {"data": f"{s3.url}/media", "lists": f"{s3.url}/lists", "classes": f"{s3.url}/lists/classes.txt", "max_score": 0.9}
+    run(SubsetConfig(**options, out=f"{s3.url}/view"))
+    expected = [n for n in GOOD if n % 3 == 0 and 20 <= n <= 33]
+    assert _taken(f"{s3.url}/view") == expected
+    assert _key(38) in storage.read_bytes(f"{s3.url}/view/missing.csv").decode()
+    run(SubsetConfig(**options, out=f"{s3.url}/copy", materialise=True))
+    copy = Index.open(f"{s3.url}/copy")
+    assert _taken(f"{s3.url}/copy") == expected and copy.bytes(copy.row(_key(21)), "mp4") == bytes([21]) * 121
