@@ -114,6 +114,8 @@ def carry_out(stage: Stage, plan: Plan, config: JobOptions, cluster: Cluster) ->
     retry = f", {len(todo.retry)} to write anew for {sum(map(len, todo.retry.values()))} failed clips" if todo.retry else ""
     clips = sum(plan.counts[name] for name in todo.missing)
     done = len(plan.names) - len(todo.missing)
+    if (missing := plan.missing()) or getattr(config, "listing", "") not in ("", "none"):
+        print(f"{stage.name}: {listed_text(plan.clips, missing)}", flush=True)
     print(f"{stage.name}: {done} shards done, {len(todo.missing)} to do ({clips} clips){retry}", flush=True)
     ran = None
     if todo.missing or todo.retry:
@@ -123,6 +125,11 @@ def carry_out(stage: Stage, plan: Plan, config: JobOptions, cluster: Cluster) ->
     found = [_totals(root, anew=ran is not None) for root in stage.outputs][-1]
     summary = Summary(found.ok, found.failed, Counter(found.reasons), found.bytes, ran.total if ran else 0, ran.seconds if ran else 0.0)
     return summary, stage_report(stage, summary, ran, plan, config) if ran else None
+
+
+def listed_text(listed: int, missing: int) -> str:
+    """How much of a list is there: no public copy of a data set is complete."""
+    return f"{listed - missing} of {listed} listed clips are there, {missing} missing"
 
 
 def find_todo(outputs: Sequence[str], plan: Plan, config: JobOptions) -> Todo:
@@ -182,6 +189,8 @@ def finish(summary: Summary, reports: Sequence[StageReport], *, stage: str, out:
 
     `dataset` is the one that shows the failures, where that is not `out` itself.
     """
+    if missing := summary.reasons["missing"]:
+        print(f"{stage}: {listed_text(summary.ok + summary.failed, missing)}", flush=True)
     print(f"{stage}: {summary.text()} -> {out}", flush=True)
     if reports:
         page = storage.join(out, "report.html")

@@ -300,8 +300,7 @@ def _vggsound_row(row: list[str], split: str) -> ListedClip | None:
 def _vggsound(youtube_id: str, start: str, label: str, split: str) -> ListedClip:
     start_ms = int(start) * 1000
     clip_id = f"{youtube_id}_{start_ms}"
-    key = f"{clip_id}_{start_ms + VGGSOUND_SECONDS * 1000}"
-    return ListedClip(clip_id, key if PLAIN_KEY.fullmatch(key) else key_of(key), label.strip() or None, split)
+    return ListedClip(clip_id, key_of(f"{clip_id}_{start_ms + VGGSOUND_SECONDS * 1000}"), label.strip() or None, split)
 
 
 def _audioset_row(row: list[str], split: str) -> ListedClip | None:

@@ -108,6 +108,11 @@ class Plan:
             if chosen is None or names & chosen:
                 yield from (shard for shard in _shards(self._file.read_row_group(group, use_threads=False)) if chosen is None or shard.name in chosen)
 
+    def missing(self) -> int:
+        """How many inputs a list named that were not there when the plan was made."""
+        groups = (self._file.read_row_group(group, columns=["reason"], use_threads=False) for group in range(self._file.num_row_groups))
+        return sum(group.column(0).to_pylist().count(MISSING) for group in groups)
+
 
 @dataclass(frozen=True)
 class Changes:
