@@ -146,10 +146,7 @@ def _listed(path: str) -> tuple[Stat, list[TarVideo]]:
 
 
 def _known(kept: os.PathLike) -> list[TarVideo] | None:
-    try:
-        return [TarVideo(*video) for video in json.loads(storage.read_bytes(kept))]
-    except FileNotFoundError:
-        return None
+    return [TarVideo(*video) for video in json.loads(storage.read_bytes(kept))] if storage.is_file(kept) else None
 
 
 def _interval() -> float:
@@ -282,6 +279,10 @@ def _entries(file: _File) -> Iterator[_Entry]:
                 name, link = more.get("path", header.name), more.get("linkpath", header.link)
                 yield _Entry(name, header.kind, size, link, start, sparse)
             more = {} if header.kind != EXTENDED_FOR_ALL else more
+    raise ValueError(
+        f"{file.path} ends at byte {file.size} without the zeros that end a tar: it is truncated, and what came after is not known; fetch it again, "
+        f"or if it is whole, `head -c 1024 /dev/zero >> {file.path}` ends it"
+    )
 
 
 def _check_kind(file: _File) -> None:
