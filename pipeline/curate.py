@@ -18,7 +18,8 @@ from jaxtyping import Float64
 
 from configs import storage
 from configs.load import job_main
-from pipeline.curate_page import curation_html
+from pipeline.curate_page import curation_html, signed
+from pipeline.rates import read_rates
 from pipeline.scores import read_scores, score_columns
 from pipeline.select import Names
 from pipeline.thresholds import Clips, Curation, Hours, correlations, hours_text, kept, usual
@@ -91,16 +92,17 @@ def curation(index: Index, config: CurateConfig) -> Curation:
     if not np.isfinite(score).any():
         raise ValueError(f"none of the {index.ok:,} good clips of {config.data} has a score {name!r}: do their names agree?")
     marked = _marked(name, config)
-    clips = _clips(index)
+    clips, shown = _clips(index), f"|{name}|" if config.absolute else name
     thresholds = config.thresholds or usual(score, config.keep, also=[marked[0]] if marked else [])
     thresholds = sorted({float(value) for value in thresholds}, reverse=config.keep == "below")
     others = {other: there[chosen(other, there)] for other in config.others or there if other != name}
+    others = {other: values for other, values in others.items() if differs(values)}
     everything = kept(clips, score, None, config.keep)
     scored = kept(clips, score, -np.inf if config.keep == "above" else np.inf, config.keep)
     return Curation(
         data=config.data,
         kind=index.info.kind,
-        name=f"|{name}|" if config.absolute else name,
+        name=shown,
         keep=config.keep,
         clips=clips,
         score=score,
@@ -110,7 +112,7 @@ def curation(index: Index, config: CurateConfig) -> Curation:
         hours=tuple(_hours(config)),
         commands=tuple(command(config, name, value, in_ledger=name in _ledger_columns(index)) for value in thresholds),
         marked=marked,
-        names=(name, *others),
+        names=(shown, *others),
         correlations=correlations([score, *others.values()]),
     )
 
@@ -167,6 +169,12 @@ def chosen(name: str, there: Mapping[str, object]) -> str:
     raise ValueError(f"there is no score {name!r}{f'; did you mean {near[0]}?' if near else ''} There are {', '.join(there)}")
 
 
+def differs(values: Float64[np.ndarray, "clips"]) -> bool:
+    """Whether a score tells clips apart."""
+    known = values[np.isfinite(values)]
+    return len(known) > 1 and float(known.min()) < float(known.max())
+
+
 def _marked(name: str, config: CurateConfig) -> tuple[float, str] | None:
     """The threshold that others use for this score, and whose it is. A file of ImageBind's scores says what they are in its own name alone."""
     files = map(storage.basename, several(config.scores)) if name == "score" else []
@@ -192,8 +200,6 @@ def _hours(config: CurateConfig) -> list[Hours]:
     """What is to be reckoned for what is kept."""
     found = []
     if config.rates:
-        from pipeline.bench_prepare import read_rates  # brings torch with it, which takes longer than all the rest
-
         rates = read_rates(config.rates)
         gpu = rates.device == "cuda"
         seconds = rates.networks.wall_seconds if gpu else rates.networks.cpu_seconds
@@ -286,7 +292,7 @@ def table(found: Curation) -> list[str]:
 
 def _correlations(found: Curation) -> list[str]:
     pairs = zip(found.names[1:], found.correlations[0, 1:].tolist(), strict=True)
-    return [f"{name} {'-' if np.isnan(value) else f'{value:+.2f}'}" for name, value in pairs]
+    return [f"{name} {'-' if np.isnan(value) else signed(value)}" for name, value in pairs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

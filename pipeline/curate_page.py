@@ -26,12 +26,11 @@ Place = Callable[[float], float]
 
 def curation_html(found: Curation) -> str:
     """The page."""
-    others = [name for name in found.others if np.isfinite(found.others[name]).any()]
     sections = [
         f"<header><h1>{escape(found.name)}</h1><p class=lead>{_lead(found)}</p>{figures_html(_figures(found))}</header>",
         f"<section><h2>What a threshold keeps</h2>{_legend(found)}{kept_svg(found)}{_beyond(found)}</section>",
         f"<section><h2>Thresholds</h2>{_table(found)}{_notes(found)}</section>",
-        f"<section><h2>Other scores among what is kept</h2>{_others(found, others)}</section>" if others else "",
+        f"<section><h2>Other scores among what is kept</h2>{_others(found)}</section>" if found.others else "",
         f"<section><h2>How scores go together</h2>{_matrix(found)}</section>" if len(found.names) > 1 else "",
         f"<section><h2>Take one</h2><pre>{escape(chr(10).join(found.commands))}</pre></section>",
     ]
@@ -166,7 +165,7 @@ def _table(found: Curation) -> str:
     splits = found.clips.splits if len(found.clips.splits) > 1 else ()
     heads = ["at least" if found.keep == "above" else "at most", "clips kept", "", *splits, "hours", "size", *(hours.name for hours in found.hours)]
     rows = "".join(_row(found, row, splits) for row in found.kept)
-    head = "".join(f"<th>{escape(name)}" for name in heads)
+    head = "".join(f"<th>{escape(name).replace('-', '&#8209;')}" for name in heads)
     return f"<div class=scroll><table class=numbers><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
@@ -176,8 +175,8 @@ def _row(found: Curation, row: Kept, splits: Sequence[str]) -> str:
     cells = [*(f"{row.clips[split]:,}" for split in splits), hours_text(row.seconds / 3600), _size(row.bytes)]
     cells += [hours_text(hours.of(row)) for hours in found.hours]
     name = "all clips" if row.threshold is None else f"{row.threshold:g}"
-    bar = f'<td class=share><i><b style="width:{100 * share:.2f}%"></b></i>{_share(share)}'
-    return f"<tr{' class=published' if marked else ''}><th scope=row>{name}</th><td>{row.total:,}</td>{bar}</td>{''.join(map(_cell, cells))}</tr>"
+    bar = f'<td class=share><i><b style="width:{100 * share:.2f}%"></b></i><span>{_share(share)}</span></td>'
+    return f"<tr{' class=published' if marked else ''}><th scope=row>{name}</th><td>{row.total:,}</td>{bar}{''.join(map(_cell, cells))}</tr>"
 
 
 def _cell(text: str) -> str:
@@ -193,9 +192,9 @@ def _notes(found: Curation) -> str:
 # --- other scores ---------------------------------------------------------------------------------------------------------------------
 
 
-def _others(found: Curation, names: Sequence[str]) -> str:
+def _others(found: Curation) -> str:
     order = Sorted.of(found.score, found.keep)
-    charts = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{mean_svg(found, order, name)}</figure>" for name in names)
+    charts = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{mean_svg(found, order, name)}</figure>" for name in found.others)
     return (
         '<p class=legend><span><svg viewBox="0 0 20 14"><path class="curve s1" d="M0 7H20"/></svg>mean of the clips that are kept</span>'
         '<span><svg viewBox="0 0 20 14"><path class="whole" d="M0 7H20"/></svg>mean of all clips</span>'
@@ -255,7 +254,7 @@ def _correlation(value: float, own: bool) -> str:
     if value != value:
         return "<td>-</td>"
     colour = "--valid" if value >= 0 else "--train"
-    return f'<td style="background:color-mix(in srgb,var({colour}) {round(70 * abs(value))}%,transparent)">{value:+.2f}</td>'
+    return f'<td style="background:color-mix(in srgb,var({colour}) {round(70 * abs(value))}%,transparent)">{signed(value)}</td>'
 
 
 # Small things
@@ -263,6 +262,11 @@ def _correlation(value: float, own: bool) -> str:
 
 def _share(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def signed(value: float) -> str:
+    """A correlation to two digits; what rounds to nothing has no sign."""
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
 
 
 def _size(size_bytes: int) -> str:
@@ -288,7 +292,7 @@ table.numbers td,table.numbers th{padding:9px 12px}
 table.numbers thead th{white-space:normal;vertical-align:bottom}
 table.numbers td{font-variant-numeric:tabular-nums}
 tr.published>*{background:color-mix(in srgb,var(--train) 12%,transparent)}
-td.share{min-width:150px}
+td.share span{display:inline-block;min-width:4.2em}
 td.share i{display:inline-block;width:72px;height:9px;margin-right:10px;background:var(--line);border-radius:5px;overflow:hidden}
 td.share b{display:block;height:100%;background:var(--valid)}
 .notes{color:var(--soft);font-size:.86rem}

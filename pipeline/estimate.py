@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from configs.load import job_main, load
-from pipeline.bench_prepare import Rates, read_rates
 from pipeline.discover import DiscoverConfig, discover
+from pipeline.rates import Rates, read_rates
 
 QUEUED_PER_WORKER = 2
 """Clips decoded ahead for each thread, and clips in flight for each processor (what `in_flight=0` does, with two shards more)."""

@@ -90,7 +90,7 @@ class Curation:
     clips: Clips
     score: Float64[np.ndarray, "clips"]
     others: Mapping[str, Float64[np.ndarray, "clips"]]
-    """Other scores."""
+    """Other scores that tell clips apart."""
     kept: tuple[Kept, ...]
     """First of all good clips, then of each threshold, in the order in which they keep less."""
     scored: int
@@ -137,7 +137,7 @@ def usual(score: Float64[np.ndarray, "clips"], keep: Keep, *, also: Sequence[flo
         digits = round(-np.log10(high - low)) + 3
         for value in np.quantile(known, QUANTILES):
             rounded = round(float(value), digits) + 0.0  # no negative zero
-            if all(abs(rounded - other) > 0.015 * (high - low) for other in chosen):
+            if all(abs(rounded - other) > 0.035 * (high - low) for other in chosen):
                 chosen.add(rounded)
     return sorted((float(value) for value in chosen), reverse=keep == "below")
 

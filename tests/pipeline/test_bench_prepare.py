@@ -11,10 +11,11 @@ from configs import cli
 from configs.clock import segment_count
 from model.synchformer_audio import AudioTower, AudioTowerConfig, save_audio_tower
 from pipeline import bench_prepare
-from pipeline.bench_prepare import BenchPrepareConfig, Cost, Rates, choose, read_rates, table
+from pipeline.bench_prepare import BenchPrepareConfig, choose, table
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.features import AudioOptions
 from pipeline.media import EncodeConfig, reencode
+from pipeline.rates import Cost, Rates, read_rates
 from tests.pipeline.clips import make_clip
 from tests.pipeline.networks import SMALL_TOWER, small_networks
 

@@ -8,8 +8,8 @@ import pytest
 
 from configs import cli
 from configs.load import load
-from pipeline.bench_prepare import Cost, Rates
 from pipeline.estimate import Cluster, NodeGroup, duration, estimate, text
+from pipeline.rates import Cost, Rates
 from tests.pipeline.clips import make_clip
 
 RATES = Rates(
