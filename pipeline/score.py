@@ -90,7 +90,7 @@ def run(config: ScoreConfig) -> pa.Table:
     if units:
         with cluster(config.ray) as ray_cluster, store.writing(config.part_clips):
             ray_cluster.start()
-            _score_all(replace(config, data=root), index, scorers, units, store)
+            _score_all(config, index, scorers, units, store)
     table = store.finish()
     print(f"score: {summary(table, scorers)}\nscore: {table.num_rows} clips -> {config.out or scores_path(root)}", flush=True)
     _check_failures(config, store, asked)
@@ -125,7 +125,7 @@ def score_options(config: ScoreOptions) -> ScoreOptions:
 
 def in_split(index: Index, split: str | None) -> Bool[np.ndarray, "clips"]:
     """Which good clips are asked for. ValueError for a split that there is not."""
-    splits = index.table.filter(pc.field("status") == "ok")["split"].combine_chunks()
+    splits = good_rows(index)["split"].combine_chunks()
     if split is None:
         return np.ones(len(splits), bool)
     found = pc.call_function("equal", [splits, split]).to_numpy(zero_copy_only=False)
@@ -207,13 +207,12 @@ def _score_all(config: ScoreConfig, index: Index, scorers: Sequence[Scorer], uni
     remote = ray.remote(ScoreActor).options(num_gpus=int(on_gpu), num_cpus=1, max_concurrency=calls, max_restarts=-1, max_task_retries=RETRIES)
     free: deque[Any] = deque(remote.remote(config, index.info.kind) for _ in range(min(count, len(units))) for _ in range(calls))
     running: dict[ray.ObjectRef, tuple[Any, Unit]] = {}
-    tally = Tally()
+    tally, good = Tally(), good_rows(index)
     with Progress("score", sum(len(unit.rows) for unit in units)) as progress:
         while running or waiting:
             while free and waiting:
                 actor, unit = free.popleft(), waiting.popleft()
-                keys = [index.keys[row].as_py() for row in unit.rows]
-                running[actor.unit.remote(unit, keys)] = actor, unit
+                running[actor.unit.remote(part_of(index, good, unit), unit.names)] = actor, unit
             for ready in ray.wait(list(running), num_returns=1)[0]:
                 try:
                     table, tick = ray.get(ready)
@@ -226,25 +225,33 @@ def _score_all(config: ScoreConfig, index: Index, scorers: Sequence[Scorer], uni
                 progress.update(tally.snapshot())
 
 
+def good_rows(index: Index) -> pa.Table:
+    """The ledger rows that an index numbers."""
+    return index.table.filter(pc.field("status") == "ok").combine_chunks()
+
+
+def part_of(index: Index, good: pa.Table, unit: Unit) -> Index:
+    """The index of a unit's clips, a few kilobytes: processes need not hold that of the whole dataset."""
+    return Index(index.root, index.info, good.take(pa.array(unit.rows)), view=index.view)
+
+
 class ScoreActor:
-    """A process that holds the dataset and the scorers."""
+    """A process that holds the scorers."""
 
     def __init__(self, config: ScoreConfig, kind: Kind) -> None:
         import torch
 
         torch.set_num_threads(1)  # there is a process for every processor
         self._options, self._limits, self._kind = config, Limits(config.clip_seconds, config.clip_memory_mb), kind
-        self._index = Index.open(config.data)
         self._known = registered()
         self._made: dict[str, Scoring] = {}
         self._lock = threading.Lock()  # clips are decoded side by side, and scored one call after the other
 
-    def unit(self, unit: Unit, keys: Sequence[str]) -> tuple[pa.Table, Tick]:
-        """The rows of a few clips."""
-        assert [self._index.keys[row].as_py() for row in unit.rows] == list(keys), "the dataset has changed since the job began"
+    def unit(self, clips: Index, names: Sequence[str]) -> tuple[pa.Table, Tick]:
+        """The rows of a few clips: what these scorers say of them."""
         started = time.perf_counter()
-        scorers = [self._known[name] for name in unit.names]
-        items = [self._item(row, key, scorers) for row, key in zip(unit.rows, keys, strict=True)]
+        scorers, keys = [self._known[name] for name in names], clips.keys.to_pylist()
+        items = [self._item(clips, row, scorers) for row in range(len(clips))]
         seconds = {"decode": time.perf_counter() - started} if self._kind == "media" else {}
         with self._lock:
             started = time.perf_counter()
@@ -257,13 +264,13 @@ class ScoreActor:
                     failures.setdefault(key, (key, name, row))
         return table_of(keys, scorers, found), Tick(len(keys), tuple(failures.values()), seconds, node=platform.node())
 
-    def _item(self, row: int, key: str, scorers: Sequence[Scorer]) -> "Item | str":
-        item = Item(key, self._index.info.spec, partial(self._index.member, row))
+    def _item(self, clips: Index, row: int, scorers: Sequence[Scorer]) -> "Item | str":
+        item = Item(clips.keys[row].as_py(), clips.info.spec, partial(clips.member, row))
         if self._kind == "features":
             return item
         needs = frozenset(need for scorer in scorers for need in scorer.needs)
         try:
-            return replace(item, media=call(decoded, self._index.bytes(row, "mp4"), needs, limits=self._limits))
+            return replace(item, media=call(decoded, clips.bytes(row, "mp4"), needs, limits=self._limits))
         except MediaError as error:
             return str(error)
 

@@ -16,7 +16,7 @@ from configs.load import JobError, load
 from pipeline import score, scorers
 from pipeline.media import MediaError
 from pipeline.media_scores import SCORERS
-from pipeline.score import ScoreActor, ScoreConfig, Unit, choose, find_units, run, scored, table_of
+from pipeline.score import ScoreActor, ScoreConfig, Unit, choose, find_units, good_rows, part_of, run, scored, table_of
 from pipeline.score_store import Made, ScoreStore
 from pipeline.scorers import Item, ScoreOptions, Scorer, each
 from pipeline.scores import joined, read_scores, score_columns, scores_path, stem
@@ -148,7 +148,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> 
         for unit in units:
             if stop_after is not None and len(done) >= stop_after:
                 raise KeyboardInterrupt
-            store.add(actor.unit(unit, [index.keys[row].as_py() for row in unit.rows])[0], unit.names)
+            store.add(actor.unit(part_of(index, good_rows(index), unit), unit.names)[0], unit.names)
             done.append(unit)
 
     monkeypatch.setattr(score, "_score_all", score_all)
