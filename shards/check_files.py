@@ -169,4 +169,8 @@ def read_by_shard(root: str, name: str, told: Told, columns: Sequence[str] | Non
 
 def read_plan(root: str, told: Told) -> ByShard | None:
     """Which clip goes to which shard."""
-    return read_by_shard(root, PLAN, told, ["shard", "key", "source", "split", "label", "reason", "message"])
+    plan = read_by_shard(root, PLAN, told, ["shard", "key", "source", "split", "label", "reason", "message"])
+    if plan is not None and "shard_sha256" in plan.schema.names:
+        told.problem(PLAN, "it is a ledger or a manifest, and no plan")
+        return None
+    return plan

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from tarfile import BLOCKSIZE
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ MOST = 20
 """Problems that are told of one tar."""
 EXPONENTS = {2: 0x7C00, 4: 0x7F80_0000, 8: 0x7FF0_0000_0000_0000}
 """Of floats, by their size: all of these bits are set in an infinity and in what is no number."""
-NOT_NPY = (ValueError, TypeError, SyntaxError, KeyError, OverflowError, RecursionError, MemoryError)
+NOT_NPY = (ValueError, TypeError, SyntaxError, KeyError, OverflowError, RecursionError, MemoryError, TokenError)
 """What numpy raises on headers that are none; its parser is Python's."""
 
 
@@ -358,7 +359,7 @@ def _not_finite(data: memoryview, dtype: np.dtype) -> bool:
     if each not in EXPONENTS:
         return not np.isfinite(np.frombuffer(data, dtype)).all()
     exponent = np.array(EXPONENTS[each], f"<u{each}")
-    return bool(((np.frombuffer(data, f"<u{each}") & exponent) == exponent).any())
+    return bool((np.frombuffer(data, f"<u{each}") & exponent).max(initial=0) == exponent)
 
 
 def check_records(file: str, rows: Sequence[Mapping[str, Any]], members: Sequence[Found], codes: Codes | None = None) -> Iterator[Problem]:
