@@ -271,6 +271,8 @@ def test_commands_take_what_the_table_says(dataset: Path, tmp_path: Path, monkey
             if row.total:
                 view = next(argument.removeprefix("out=") for argument in arguments if argument.startswith("out="))
                 assert Index.open(view).ok == row.total
+                again = run(replace(local, data=view, split=None, scores="media", thresholds=[0.25]))  # a view is cut like a dataset
+                assert again.kept[0].clips.keys() <= row.clips.keys() and again.kept[0].total == row.total
 
 
 # --- what cannot be done ---

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from model.avclip import Avclip
 from model.segments import OFFSET
 from model.synchformer import MODULE_KIND, Head
+from model.synchformer_audio import AudioTower
+from model.synchformer_visual import VisualTower
 from model.weights import save_state
 from pipeline.feature_scores import AVCLIP, SCORERS, SYNC, SyncJudge, Tokens, avclip_scores, offset_scores, similarities, windows
 from pipeline.media import MediaError
@@ -19,7 +22,8 @@ from pipeline.sync_answers import StoredGrid, TokenScorer
 from shards.dataset import create_or_check, new_info
 from shards.read import Index
 from shards.write import Entry, write_shard
-from tests.pipeline.sync_networks import network, small_sync
+from tests.model.fill import fill_module
+from tests.pipeline.sync_networks import SMALL_AUDIO, SMALL_VISUAL, network, small_sync
 
 
 def tokens(seed: int, visual: int = 27, audio: int = 210, width: tuple[int, int] = (22, 26)) -> Tokens:
@@ -47,6 +51,18 @@ def test_pictures_are_compared_with_the_sound_that_begins_when_they_do(hop_frame
                 cosines.append(v @ heard / np.linalg.norm(v) / np.linalg.norm(heard))
             assert min(abs(found[i, j] - cosine) for cosine in cosines) < 1e-5
     assert len(found) == visual or hop_samples == 3000
+
+
+@torch.inference_mode()
+def test_similarity_is_what_segment_avclip_compares() -> None:
+    model = Avclip(VisualTower(SMALL_VISUAL), AudioTower(replace(SMALL_AUDIO, width=22))).eval()
+    fill_module(model)
+    pixels, spectrograms = torch.randn(1, 5, 3, 16, 28, 28), torch.randn(1, 5, 128, 66)
+    expected = model(pixels, spectrograms)
+    visual, audio = model.v_encoder(pixels)[0], model.a_encoder(spectrograms)[0]
+    found = similarities(Tokens(visual.half().numpy(), audio.half().numpy()), StoredGrid(16, 10240))
+    torch.testing.assert_close(torch.from_numpy(found), expected.similarity * model.logit_scale, atol=2e-3, rtol=0)
+    assert float((expected.similarity * model.logit_scale).std()) > 0.01
 
 
 def test_similarity_is_of_the_same_time_and_contrast_what_it_is_above_others() -> None:
