@@ -1,17 +1,17 @@
 """Large datasets without media: seconds and memory of everything that deals with lists, ledgers and views, at 200 thousand rows and at 2 million.
 
-    python -m tests.benchmarks.datasets [clips=190053,2000000] [datasets=../shared/datasets] [folder=/tmp] [steps=open,view,...]
+    python -m tests.benchmarks.datasets [clips=190053,2000000] [datasets=../shared/datasets] [folder=/tmp] [width=16] [steps=open,subset,...]
 
-The dataset is made by `tests.made_ledgers`: real ledgers over tars of holes, feature shards of 64 clips of 10 s as `soundshard prepare` makes them.
-190,053 clips are VGGSound's own, and its subset VisualSound, where the published lists are; other sizes, and without the lists, have keys made up in
-their form, and a subset of 48 %, the same part. More than 200,000 have narrow features: all their bytes are read in a minute.
+The dataset is made by `tests.made_ledgers`: real ledgers over tars of holes, feature shards of 64 clips of 10 s as `soundshard prepare` makes them, but
+for the features' width: of 768, most of an epoch's time would go into the system's making zeros. 190,053 clips are VGGSound's own, and the subset is
+VisualSound, where the published lists are; other sizes, and without the lists, have keys made up in their form, and a subset of 48 %, the same part.
 
 Every step runs in a process of its own, as a user's command would: `seconds` and `cpu` of what it does, `start` of starting Python and importing what
 it needs, `peak_mb` the most resident memory it had (mapped parts of shards included), `own_mb` the most without what is mapped from files. The steps:
 `plan` and `plan_again` list a folder of as many empty files with a csv, make the plan and find it unchanged (`planning_mb`: of the planning process,
-which ends with it); `open_ledgers` indexes the dataset from its ledgers, `manifest` merges them, `open` indexes the dataset from
-that; `view` writes the rows that the lists name as a view and `open_view` indexes it; `train` opens its training split and gives the first batch;
-`epoch` gives all batches of an epoch, read from the holes, and compares their keys with the list's. The last line is JSON.
+which ends with it); `open_ledgers` indexes the dataset from its ledgers, `manifest` merges them, `open` indexes the dataset from that; `subset` is the
+command that writes a view of what the split files name, and `open_view` indexes it; `train` opens its training split and gives the first batch; `epoch`
+gives all batches of an epoch, read from the holes, and compares their keys with the list's. The last line is JSON.
 """
 
 import json
@@ -29,13 +29,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from tests.made_ledgers import WIDTH, clips_of, made_up_keys, published_keys, write_dataset
+from tests.made_ledgers import clips_of, made_up_keys, published_keys, write_dataset
 
 DATASETS = Path(__file__).resolve().parents[3] / "shared/datasets"
 PUBLISHED = 190_053
 """Clips in VGGSound's published lists."""
-WIDE_CLIPS, NARROW = 200_000, 16
-"""Clips with features of full width, and the width of those of more."""
 SAMPLED_SECONDS = 0.01
 
 
@@ -96,19 +94,12 @@ def open_step(figures: dict[str, Any], folder: Path) -> None:
         figures["rows"] = Index.open(folder / "data").table.num_rows
 
 
-def view_step(figures: dict[str, Any], folder: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from shards.read import Index
-    from shards.view import write_view
+def subset_step(figures: dict[str, Any], folder: Path) -> None:
+    from pipeline.subset import SubsetConfig, run
 
     with measured(figures):
-        index = Index.open(folder / "data")
-        listed = [line for path in sorted((folder / "lists").iterdir()) for line in path.read_text().split()]
-        table = index.table.filter(pc.field("key").isin(pa.array(listed)))
-        write_view(folder / "view", index, table, selection=["of the lists"], overwrite=True)
-    figures["rows"] = table.num_rows
+        chosen = run(SubsetConfig(data=f"{folder}/data", out=f"{folder}/view", lists=f"{folder}/lists"))
+    figures["rows"] = chosen.table.num_rows
 
 
 def open_view_step(figures: dict[str, Any], folder: Path) -> None:
@@ -150,7 +141,7 @@ STEPS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "open_ledgers": open_step,
     "manifest": manifest_step,
     "open": open_step,
-    "view": view_step,
+    "subset": subset_step,
     "open_view": open_view_step,
     "train": train_step,
     "epoch": epoch_step,
@@ -192,7 +183,7 @@ def run_step(step: str, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def measure(clips: int, datasets: Path | None, folder: Path, chosen: Collection[str]) -> dict[str, Any]:
+def measure(clips: int, datasets: Path | None, folder: Path, width: int, chosen: Collection[str]) -> dict[str, Any]:
     """The figures of one size."""
     keys = published_keys(datasets) if datasets else made_up_keys(clips)
     listed, steps = make_lists(folder / "lists", keys, datasets), {}
@@ -204,7 +195,7 @@ def measure(clips: int, datasets: Path | None, folder: Path, chosen: Collection[
     del keys
     (folder / "data").mkdir()
     began = time.perf_counter()
-    shards = write_dataset(folder / "data", made, width=WIDTH if len(made.keys) <= WIDE_CLIPS else NARROW)
+    shards = write_dataset(folder / "data", made, width=width)
     print(f"{shards:,} shards of {len(made.keys):,} clips made in {time.perf_counter() - began:.0f} s", flush=True)
     good = set(made.good_keys("train")) & set(listed["train"])
     (folder / "wanted.txt").write_text("\n".join(sorted(good)))
@@ -225,7 +216,7 @@ def main(argv: list[str]) -> None:
     for clips in map(int, options.get("clips", f"{PUBLISHED},2000000").split(",")):
         published = datasets if clips == PUBLISHED and (datasets / "vggsound").is_dir() else None
         with tempfile.TemporaryDirectory(dir=options.get("folder")) as folder:
-            runs.append(measure(clips, published, Path(folder), options.get("steps", ",".join(STEPS)).split(",")))
+            runs.append(measure(clips, published, Path(folder), int(options.get("width", 16)), options.get("steps", ",".join(STEPS)).split(",")))
     print(json.dumps({"runs": runs}))
 
 
