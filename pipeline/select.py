@@ -90,19 +90,19 @@ class Listing:
 
     name: str
     """What the lists are called."""
-    keys: list[str]
-    splits: list[str | None]
+    keys: Sequence[str]
+    splits: Sequence[str | None]
     """None where a list does not say it."""
-    labels: list[str | None]
-    start_seconds: list[float | None]
+    labels: Sequence[str | None]
+    start_seconds: Sequence[float | None]
     """Where in the clip the stretch that is meant begins, where a list says so."""
 
     def __post_init__(self) -> None:
         assert len(self.keys) == len(self.splits) == len(self.labels) == len(self.start_seconds)
 
 
-def with_missing(table: pa.Table, listing: Listing, *, split: str) -> tuple[pa.Table, int]:
-    """The table with a failed row for every listed clip that it has not, and how many these are. They have the list's split, or `split`."""
+def with_missing(table: pa.Table, listing: Listing, *, split: str, of: str) -> pa.Table:
+    """The table of the dataset `of` with a failed row for every listed clip that it has not. They have the list's split, or `split`."""
     absent = np.flatnonzero(Names(table["key"]).find(listing.keys) < 0).tolist()
     rows = [
         {
@@ -112,11 +112,11 @@ def with_missing(table: pa.Table, listing: Listing, *, split: str) -> tuple[pa.T
             "source": listing.keys[number],
             "status": "failed",
             "reason": "missing",
-            "message": f"{listing.name} names it, and it is not in the dataset",
+            "message": f"{listing.name} names it, and it is not in {of}",
         }
         for number in absent
     ]
-    return (pa.concat_tables([table, pa.Table.from_pylist(rows, schema=table.schema)]) if rows else table), len(rows)
+    return pa.concat_tables([table, pa.Table.from_pylist(rows, schema=table.schema)]) if rows else table
 
 
 def told_by(table: pa.Table, listing: Listing, places: Int64[np.ndarray, " rows"]) -> pa.Table:

@@ -140,7 +140,7 @@ def choose(index: Index, config: SubsetConfig) -> Chosen:
     ]
     for listing in listings:
         check_splits(listing)
-        table, _ = with_missing(table, listing, split=split)
+        table = with_missing(table, listing, split=split, of=config.data)
     names, good, tally = Names(table["key"]), is_good(table), Tally(table)
     kept = np.ones(table.num_rows, bool)
     steps = [tally.step(f"all of {config.data}", table["split"], np.arange(table.num_rows) < index.table.num_rows)]

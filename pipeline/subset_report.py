@@ -112,7 +112,7 @@ def report(chosen: Chosen, published: Mapping[str, Mapping[str, int]]) -> Iterat
     """The choice for a reader: every criterion with what it leaves, and what lists name that is not there. `published` says how many clips the splits
     of some lists should have, by the lists' name."""
     splits = sorted({split for step in chosen.steps for split in step.clips}, key=_order)
-    rows: list[Sequence[str]] = [("", "clips", *(splits if len(splits) > 1 else ()), "failed", "hours", "bytes")]
+    rows: list[Sequence[str]] = [("", "clips", *(splits if len(splits) > 1 else ()), "failed", "hours", "size")]
     for step in chosen.steps:
         by_split = [f"{step.clips.get(split, 0):,}" for split in splits] if len(splits) > 1 else []
         name = step.name if len(step.name) <= SHOWN_LETTERS else f"{step.name[: SHOWN_LETTERS - 3]}..."

@@ -1,5 +1,7 @@
 """Rows by criteria: names against a slow oracle, what is kept of good and of failed clips, what lists say of rows."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,7 +23,7 @@ from pipeline.select import (
 )
 
 
-def _listing(keys: list[str], splits: list[str | None] | None = None, starts: list[float | None] | None = None) -> Listing:
+def _listing(keys: Sequence[str], splits: Sequence[str | None] = (), starts: Sequence[float | None] = ()) -> Listing:
     nothing = [None] * len(keys)
     return Listing("a list", keys, splits or nothing, nothing, starts or nothing)
 
@@ -95,8 +97,8 @@ def test_classes_and_several_of_a_clip() -> None:
 def test_what_lists_say_of_rows() -> None:
     table = _table([("a", "train", "x", "ok"), ("b", "train", None, "ok"), ("c", "train", None, "failed")])
     listing = Listing("a list", ["b", "zebra", "a"], ["test", "validation", None], ["y", "z", "w"], [1.5, None, None])
-    whole, absent = with_missing(table, listing, split="train")
-    assert absent == 1 and whole.num_rows == 4
+    whole = with_missing(table, listing, split="train", of="data")
+    assert whole.num_rows == 4 and whole["message"][3].as_py() == "a list names it, and it is not in data"
     assert whole.to_pylist()[3] | {"message": ""} == {
         "key": "zebra",
         "split": "validation",
@@ -114,7 +116,7 @@ def test_what_lists_say_of_rows() -> None:
     assert told["start_seconds"].to_pylist() == [None, 1.5, None, None]
     again = told_by(told, _listing(["a"], starts=[2.0]), Names(told["key"]).places(np.array([0])))
     assert again["start_seconds"].to_pylist() == [2.0, 1.5, None, None]
-    assert with_missing(table, _listing(["a"]), split="train")[0] is table
+    assert with_missing(table, _listing(["a"]), split="train", of="data") is table
 
 
 def test_splits_name_files() -> None:

@@ -334,11 +334,13 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(arguments) == 0
     assert _taken(tmp_path / "view") == [n for n in GOOD if n % 3 == 0 and n > 10]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["clips", "train", "test", "failed", "hours", "bytes"]
+    assert lines[0].split() == ["clips", "train", "test", "failed", "hours", "size"]
     assert lines[2].startswith("3.5 <= seconds") and lines[3].startswith("where label = 'dog barking'")
     assert lines[-1].startswith("subset: 8 clips, 0.018 hours, 1.56 KB ->"), lines[-1]
     assert main(arguments) == 2 and "overwrite=true replaces it" in capsys.readouterr().err
-    assert main([*arguments, "overwrite=true"]) == 0
+    lists = [_file(tmp_path, f"{name}.txt", _lines([_key(n) for n in numbers])) for name, numbers in (("a", (1, 2)), ("b", (2, 5, 33)))]
+    assert main([*arguments[:2], f"lists=[{','.join(lists)}]", "overwrite=true"]) == 0
+    assert _taken(tmp_path / "view") == [1, 2, 5, 33]
     assert main(["--help"]) == 0
 
 
