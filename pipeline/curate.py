@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from configs import storage
 from configs.load import job_main
 from pipeline.curate_page import curation_html, signed
+from pipeline.lists import key_of
 from pipeline.rates import read_rates
 from pipeline.scores import read_scores, score_columns
 from pipeline.select import Names
@@ -143,7 +144,7 @@ def columns(index: Index, paths: Sequence[str]) -> dict[str, Float64[np.ndarray,
 def scores_in(table: pa.Table, index: Index) -> dict[str, Float64[np.ndarray, "clips"]]:
     """The scores of the good clips, whose names in the table may end otherwise than their keys (`soundshard subset` finds the same)."""
     names = Names(index.keys)
-    places = names.places(names.find(table["key"].to_pylist()))
+    places = names.places(names.find([key_of(key) for key in table["key"].to_pylist()]))
     found: dict[str, np.ndarray] = {}
     for name in score_columns(table):
         values = table[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
