@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 from configs import storage
-from pipeline import greatest_hits, tars
+from pipeline import greatest_hits, tars, web
 from pipeline.lists import (
     MILLISECONDS_NAME,
     VGGSOUND_SECONDS,
@@ -103,7 +103,8 @@ class DiscoverConfig:
     source: str = "???"
     """Clips: a folder (searched recursively for mp4, webm, mkv, mov and avi, also inside tars; names that begin with a dot are passed over), one
     video, one tar, a text file that lists videos, one a line, relative to itself, or a table (parquet, csv or jsonl) with a path, file or url column
-    and, if at all, key, label, split, start_seconds and end_seconds. All of them also in object storage: s3://BUCKET/PREFIX, gs:// or az://."""
+    and, if at all, key, label, split, start_seconds and end_seconds. All of them also in object storage: s3://BUCKET/PREFIX, gs:// or az://; what a
+    list or table names may also be an http(s) address."""
     listing: str = ""
     """For a folder: which of its clips to take. A csv of VGGSound or VisualSound (`youtube id,start second,label,split`) or AudioSet (`youtube
     id,start second,end second,"labels"` after lines of comment), with or without a header; VGGSound-Sparse's lists; any table as for `source`; a
@@ -259,8 +260,11 @@ def _listed_files(listing: str, split: str) -> Iterator[Clip]:
     if rows and is_table(listing) and not any(row.path for row in rows):
         raise ValueError(f"{listing} names clips and does not say where they are; give their folder as source, and this as listing")
     paths = [_resolved(parent, row.path or row.clip_id) for row in rows]
-    files = _objects({path for path in paths if storage.is_remote(path)})
+    files = _objects({path for path in paths if not web.is_web(path) and storage.is_remote(path)})
     for row, path in zip(rows, paths, strict=True):
+        if web.is_web(path):  # asked for when it is read
+            yield _of(row, File(path), row.key)
+            continue
         if (file := files.get(path)) is None:
             file = files[path] = File(path) if storage.is_remote(path) else _file(path)
         absent = file.size is None and (storage.is_remote(path) or not os.path.lexists(path))
@@ -280,6 +284,8 @@ def _missing(row: ListedClip, path: str, message: str) -> Clip:
 
 def _resolved(parent: str, line: str) -> str:
     """A line of a list of files as a path of its own."""
+    if web.is_web(line):
+        return web.check(line)
     if storage.is_remote(line):
         return _normal(line)
     if not storage.is_remote(parent):
@@ -374,8 +380,7 @@ class _Folder:
 
     def placed(self, path: str) -> File | None:
         """The file at a path in the folder, else the one of its name."""
-        place = without_ending(posixpath.normpath(path))
-        return self._places.get(place) or self.named(name_of(place))
+        return self._places.get(without_ending(posixpath.normpath(path))) or self.named(name_of(path))
 
 
 # --- LRS3 -----------------------------------------------------------------------------------------------------------------------------

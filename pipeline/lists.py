@@ -13,6 +13,7 @@ import json
 import math
 import re
 import unicodedata
+import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import storage
-from pipeline import greatest_hits
+from pipeline import greatest_hits, web
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 NAME_SUFFIXES = (*VIDEO_SUFFIXES, ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".wav")
@@ -119,6 +120,8 @@ def name_of(path: str) -> str:
     """How a clip is called, from where a list or a folder has it: its file's stem, with the folder where that is a part of the name (VAS, LRS3)."""
     if "/" not in path:
         return without_ending(path)
+    if web.is_web(path):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
     path = without_ending(path)
     if (match := VAS_PLACE.search(path)) is not None:
         return f"{match[1]}_{match[2]}"

@@ -6,7 +6,7 @@ from jaxtyping import Float32, UInt8
 from configs import storage
 from configs.clock import SYNCHFORMER_RATE_HZ
 from configs.storage import StorageError
-from pipeline import tars
+from pipeline import tars, web
 from pipeline.decode import DecodedClip, MediaError, SourceInfo, decode, decode_audio, decode_video, open_clip, picture_pieces, video_frames
 from pipeline.discover import Clip
 from pipeline.encode import (
@@ -58,9 +58,11 @@ def fetched(clip: Clip | str) -> str | bytes:
     """
     source = clip if isinstance(clip, str) else clip.source
     offset = None if isinstance(clip, str) else clip.offset
-    if offset is None and not storage.is_remote(source):
+    if offset is None and not web.is_web(source) and not storage.is_remote(source):
         return source
     try:
+        if web.is_web(source):
+            return web.read(source)
         if isinstance(clip, str) or offset is None:
             return storage.read_bytes(source)
         if not clip.size:

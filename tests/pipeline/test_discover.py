@@ -441,7 +441,7 @@ def test_compressed_tars_are_not_passed_over_without_a_word(tmp_path: Path) -> N
         discover(DiscoverConfig(str(tmp_path / "in")))
     assert [clip.key for clip in discover(DiscoverConfig(str(tmp_path / "in"), unpack="none"))] == ["b"]
     (tmp_path / "in/c.tar").write_bytes((tmp_path / "in/a.tar.gz").read_bytes())
-    with pytest.raises(ValueError, match="2 tars in .*are compressed"):  # whatever it is called
+    with pytest.raises(ValueError, match=r"2 tars in .*are compressed"):  # whatever it is called
         discover(DiscoverConfig(str(tmp_path / "in")))
 
 
@@ -625,7 +625,7 @@ def test_no_video_of_greatest_hits_is_in_two_splits(tmp_path: Path) -> None:
         ({"source": "clips/a.mp4", "layout": "greatest_hits"}, "no folder; layout=greatest_hits reads"),
         ({"source": "clips", "layout": "greatest_hits", "cut_seconds": -1.0}, "cut_seconds is -1.0"),
         ({"source": "hits", "layout": "greatest_hits"}, r"2015-01-01-00-00-00_times\.txt, line 2: '1 wood'"),
-        ({"source": "urls.csv"}, "'https://a/b.mp4' is no path that can be used"),
+        ({"source": "urls.csv"}, "'ftp://a/b.mp4' is no path that can be used"),
     ],
 )
 def test_errors_of_lists_and_layouts_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, says: str) -> None:
@@ -634,7 +634,7 @@ def test_errors_of_lists_and_layouts_say_what_to_do(tmp_path: Path, monkeypatch:
     Path("empty.csv.gz").write_bytes(gzip.compress(b"filename,start,desc,split\n"))
     Path("names.csv").write_text(CSV)
     Path("hits/2015-01-01-00-00-00_times.txt").write_text("1.0 wood hit None\n1 wood\n")
-    Path("urls.csv").write_text("url\nhttps://a/b.mp4\n")
+    Path("urls.csv").write_text("url\nftp://a/b.mp4\n")
     with pytest.raises(ValueError, match=says):
         discover(DiscoverConfig(**options))
 
