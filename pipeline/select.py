@@ -112,7 +112,7 @@ def with_missing(table: pa.Table, listing: Listing, *, split: str, of: str) -> p
             "source": listing.keys[number],
             "status": "failed",
             "reason": "missing",
-            "message": f"{listing.name} names it, and it is not in {of}",
+            "message": f"listed in {listing.name} but not in {of}",
         }
         for number in absent
     ]

@@ -98,7 +98,7 @@ def test_what_lists_say_of_rows() -> None:
     table = _table([("a", "train", "x", "ok"), ("b", "train", None, "ok"), ("c", "train", None, "failed")])
     listing = Listing("a list", ["b", "zebra", "a"], ["test", "validation", None], ["y", "z", "w"], [1.5, None, None])
     whole = with_missing(table, listing, split="train", of="data")
-    assert whole.num_rows == 4 and whole["message"][3].as_py() == "a list names it, and it is not in data"
+    assert whole.num_rows == 4 and whole["message"][3].as_py() == "listed in a list but not in data"
     assert whole.to_pylist()[3] | {"message": ""} == {
         "key": "zebra",
         "split": "validation",
