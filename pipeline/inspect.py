@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from configs import storage
 from configs.load import job_main
+from pipeline import inspect_clips
 from pipeline.inspect_page import LISTED_EXTREMES, DatasetPage, Spread, page_html
 from pipeline.scores import read_scores
 from shards import facts, ledger
@@ -70,9 +71,6 @@ def run(config: InspectConfig) -> None:
 
 def page_of(config: InspectConfig, index: Index) -> DatasetPage:
     """What the page shows. ValueError for scores or media that do not fit."""
-    # Torch and decoders, which the text does without.
-    from pipeline import inspect_clips
-
     found, info = ledger.listing(index.root), index.info
     scores = _scores(index, config.scores)
     source, playing = inspect_clips.source_of(index, config.media)

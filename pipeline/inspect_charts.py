@@ -20,7 +20,8 @@ BINS = 40
 FEW = 24
 """Distinct whole numbers that get a column each."""
 WAVE_COLUMNS = 500
-WAVE_HEIGHT, CODES_HEIGHT, AXIS_HEIGHT = 110, 190, 34
+WAVE_HEIGHT, CODES_HEIGHT, AXIS_HEIGHT = 140, 270, 34
+MATRIX_HEIGHT = 560
 LEAST_PEAK = 0.05
 """A waveform is drawn to the height of its peak, a quieter one as if it had this."""
 SHARD_COLUMNS = 250
@@ -37,6 +38,8 @@ class Bins:
     edges: Float[np.ndarray, "edges"]
     """One more than counts, at round numbers."""
     counts: Integer[np.ndarray, "bins"]
+    is_whole: bool = False
+    """Whether each column is one whole number, in its middle."""
 
 
 def bins(values: Float[np.ndarray, "values"]) -> Bins:
@@ -44,18 +47,20 @@ def bins(values: Float[np.ndarray, "values"]) -> Bins:
     if not len(values):
         return Bins(np.array([0.0, 1.0]), np.zeros(1, np.int64))
     low, high = float(values.min()), float(values.max())
-    if high - low < FEW and np.array_equal(values, np.round(values)) and (high > low or low <= 1):
+    is_whole = high - low < FEW and np.array_equal(values, np.round(values)) and (high > low or low <= 1)
+    if is_whole:
         edges = np.arange(low, high + 2) - 0.5
     else:
-        wanted = max(8, min(BINS, ceil(2 * len(values) ** (1 / 3))))
-        spread = high - low if high - low > 1e-6 * max(abs(low), abs(high), 1e-6) else max(abs(low) * 0.1, 1e-3)
-        step = _round_up(spread / wanted)
+        if high - low <= 1e-6 * max(abs(low), abs(high)):  # one value, in the middle
+            low, high = low - 0.1 * max(abs(low), 1e-3), high + 0.1 * max(abs(high), 1e-3)
+        wanted = max(12, min(BINS, ceil(3 * len(values) ** (1 / 3))))
+        step = _round_up((high - low) / wanted)
         first = floor(low / step + 1e-9)
         last = max(floor(high / step - 1e-9) + 1, first + 1)
         edges = np.arange(first, last + 1) * step
     # A value on the last edge belongs to the last column; rounding must not lose one beyond it.
     counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-    return Bins(edges, counts)
+    return Bins(edges, counts, is_whole)
 
 
 def _round_up(value: float) -> float:
@@ -63,10 +68,10 @@ def _round_up(value: float) -> float:
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= value * 0.999)
 
 
-def histogram_svg(values: Float[np.ndarray, "values"], *, title: str, unit: str = "", mark: float | None = None) -> str:
-    """How often which values occur, with a line at the median; `mark` is an instant of the axis that is pointed out."""
+def histogram_svg(values: Float[np.ndarray, "values"], *, title: str, unit: str = "") -> str:
+    """How often which values occur, with a line at the median."""
     found = bins(values)
-    left, right, top, bottom, height = 54, WIDTH - 16, 26, 236, 290
+    left, right, top, bottom, height = 54, WIDTH - 16, 26, 236, 270
     low, high, most = float(found.edges[0]), float(found.edges[-1]), max(1, int(found.counts.max()))
 
     def x(value: float) -> float:
@@ -79,7 +84,7 @@ def histogram_svg(values: Float[np.ndarray, "values"], *, title: str, unit: str 
         if count:
             tall = max(2.0, count / most * (bottom - top))  # one clip among a million shows
             gap = min(2.0, 0.12 * (x(stop) - x(start)))
-            where = f"{start + 0.5:g}" if _is_whole(found) else f"{start:.6g} to {stop:.6g}"
+            where = f"{start + 0.5:g}" if found.is_whole else f"{start:.6g} to {stop:.6g}"
             parts.append(
                 f'<rect class="bar" x="{x(start) + gap:.2f}" y="{bottom - tall:.2f}" width="{x(stop) - x(start) - 2 * gap:.2f}" height="{tall:.2f}">'
                 f"<title>{where}{unit}: {count:,}</title></rect>"
@@ -87,28 +92,20 @@ def histogram_svg(values: Float[np.ndarray, "values"], *, title: str, unit: str 
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     for tick in ticks(low, high):
         parts.append(f'<text class="middle" x="{x(tick):.1f}" y="{bottom + 26}">{tick:.6g}</text>')
-    if unit:
-        parts.append(f'<text class="end" x="{right}" y="{height - 4}">{text(unit.strip())}</text>')
-    if len(values):
-        parts.append(_pointer(x(float(np.median(values))), top, bottom, "median", "median"))
-    if mark is not None and low <= mark <= high:
-        parts.append(_pointer(x(mark), top, bottom, "chosen", f"{mark:g}"))
+    if len(values) and values.min() < values.max():
+        parts.append(_pointer(x(float(np.median(values))), top, bottom, "median"))
     return f'<svg class="curves histogram" viewBox="0 0 {WIDTH} {height}" role="img"><title>{text(title)}</title>{"".join(parts)}</svg>'
-
-
-def _is_whole(found: Bins) -> bool:
-    return found.edges[0] % 1 == 0.5 and found.edges[1] - found.edges[0] == 1
 
 
 def _y(value: float, most: int, top: int, bottom: int) -> float:
     return bottom - value / most * (bottom - top)
 
 
-def _pointer(x: float, top: int, bottom: int, kind: str, name: str) -> str:
+def _pointer(x: float, top: int, bottom: int, name: str) -> str:
     side, anchor = (8, "start") if x < WIDTH * 0.85 else (-8, "end")
     return (
-        f'<path class="pointer {kind}" d="M{x:.1f} {top - 14}V{bottom}"/>'
-        f'<text class="{kind}" style="text-anchor:{anchor}" x="{x + side:.1f}" y="{top - 2}">{text(name)}</text>'
+        f'<path class="pointer" d="M{x:.1f} {top - 14}V{bottom}"/>'
+        f'<text class="pointed" style="text-anchor:{anchor}" x="{x + side:.1f}" y="{top - 2}">{name}</text>'
     )
 
 
@@ -196,28 +193,27 @@ class Similarity:
 
 def similarity_svg(found: Similarity, seconds: float, *, title: str) -> str:
     """The matrix with time down (pictures) and across (sound), its colours spread over what occurs; the dashed line is the same time in both."""
-    side, left, bottom = 1000, 58, 42
+    left, width, height = 58, WIDTH - 58, MATRIX_HEIGHT
     low, high = np.quantile(found.cosines, (0.02, 0.98)).tolist()
     picture = data_uri("image/png", png(colours((found.cosines - low) / max(high - low, 1e-6))))
-    plot = side - left
 
-    def place(count: int, hop: float) -> tuple[float, float]:
-        """Where segments begin and end: each is drawn around its middle, as wide as the hop."""
-        start = found.segment_seconds / 2 - hop / 2
-        return start / seconds * plot, min(count * hop, seconds) / seconds * plot
+    def placed(count: int, hop: float, length: int) -> tuple[float, float]:
+        """Where a picture of so many segments begins, and how long it is: each is drawn around its middle, as wide as the hop."""
+        return (found.segment_seconds - hop) / 2 / seconds * length, count * hop / seconds * length
 
-    (x, width), (y, height) = (
-        place(count, hop) for count, hop in zip(reversed(found.cosines.shape), (found.audio_hop_seconds, found.visual_hop_seconds), strict=True)
+    (top, tall), (first, wide) = (
+        placed(count, hop, length)
+        for count, hop, length in zip(found.cosines.shape, (found.visual_hop_seconds, found.audio_hop_seconds), (height, width), strict=True)
     )
     marks = second_ticks(seconds)
-    down = "".join(f'<text class="end" x="{left - 10}" y="{t / seconds * plot + 7:.1f}">{t:g}</text>' for t in marks if t)
-    across = "".join(f'<text class="middle" x="{left + t / seconds * plot:.1f}" y="{plot + 28}">{t:g}</text>' for t in marks)
+    down = "".join(f'<text class="end" x="{left - 10}" y="{t / seconds * height + 7:.1f}">{t:g}</text>' for t in marks[:: 1 + (len(marks) > 6)] if t)
+    across = "".join(f'<text class="middle" x="{left + t / seconds * width:.1f}" y="{height + 28}">{t:g} s</text>' for t in marks)
     return (
-        f'<svg class="strip matrix" viewBox="0 0 {side} {plot + bottom}" role="img" data-seconds="{seconds:.4f}" data-left="{left}">'
-        f'<title>{text(title)}</title><rect class="ground" x="{left}" width="{plot}" height="{plot}"/>'
-        f'<image x="{left + x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" preserveAspectRatio="none" href="{picture}"/>'
-        f'<path class="diagonal" d="M{left} 0L{side} {plot}"/>{down}{across}<text class="end" x="{side}" y="{plot + 28}">s</text>'
-        f'<path class="head" d="M{left} 0V{plot}"/><path class="head down" d="M{left} 0H{side}"/></svg>'
+        f'<svg class="strip matrix" viewBox="0 0 {WIDTH} {height + AXIS_HEIGHT}" role="img" data-seconds="{seconds:.4f}" data-left="{left}" '
+        f'data-height="{height}"><title>{text(title)}</title><rect class="ground" x="{left}" width="{width}" height="{height}"/>'
+        f'<image x="{left + first:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{tall:.1f}" preserveAspectRatio="none" href="{picture}"/>'
+        f'<path class="under" d="M{left} 0L{WIDTH} {height}"/><path class="diagonal" d="M{left} 0L{WIDTH} {height}"/>{down}{across}'
+        f'<path class="head" d="M{left} 0V{height}"/><path class="head down" d="M{left} 0H{WIDTH}"/></svg>'
     )
 
 
@@ -238,6 +234,12 @@ def short(value: float) -> str:
     return f"{value:g}"
 
 
+def number_text(value: float, spread: float) -> str:
+    """A value with as many digits as matter where values differ by `spread`."""
+    rounded = round(value, max(0, 2 - floor(log10(spread)))) if spread > 0 else value
+    return f"{rounded + 0.0:.6g}"  # no minus before a zero
+
+
 def text(words: str) -> str:
     """Escaped, and without controls: html has no place for some, and others turn the direction of what follows."""
     return escape(re.sub("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", words))
@@ -250,16 +252,17 @@ STYLE = """
 .curves.histogram text{font-size:21px}
 .curves.shards text{font-size:14px}
 .pointer{stroke:var(--train);stroke-width:2;stroke-dasharray:5 4;fill:none}
-.curves text.median,.curves text.chosen{fill:var(--train)}
+.curves text.pointed{fill:var(--train)}
 .strip{width:100%;overflow:hidden;cursor:pointer}
 .strip text{fill:var(--soft);font-size:20px}
 .strip image{image-rendering:pixelated}
 .waveform{background:var(--ground);border-radius:6px}
 .wave{fill:var(--valid)}
 .waveform .head{stroke:var(--train)}
-.strip.matrix text{font-size:26px}
+.strip.matrix text{font-size:24px}
 .ground{fill:var(--line)}
-.diagonal{stroke:#fff;stroke-width:2;stroke-dasharray:10 10;opacity:.7;fill:none}
+.under{stroke:#0a0c1c;stroke-width:4;opacity:.35;fill:none}
+.diagonal{stroke:#fff;stroke-width:2.5;stroke-dasharray:12 10;fill:none}
 .head{fill:none;visibility:hidden}
 .playing .head{visibility:visible}
 """.strip()

@@ -22,7 +22,6 @@ from pipeline.encode import EncodeConfig, reencode
 from pipeline.inspect_charts import Similarity
 from pipeline.inspect_page import Codes, ShownClip
 from pipeline.isolate import Limits, call
-from pipeline.normalise import LoudnessMeter
 from pipeline.page import Sound
 from shards.dataset import INFO, read_info
 from shards.facts import ScoreFacts
@@ -107,7 +106,7 @@ def _beside(index: Index) -> Iterable[str]:
 
 def gallery(index: Index, source: Source | None, rows: Sequence[int], scores: Sequence[ScoreFacts], *, clip_bytes: int) -> list[ShownClip]:
     """The clips of these rows, in this order; a video that takes more than `clip_bytes` is encoded anew, smaller."""
-    facts = _good(index).take(rows).to_pylist()
+    facts = _good(index).take(pa.array(rows, pa.int64())).to_pylist()
     with ThreadPoolExecutor(_threads()) as pool:
         return list(pool.map(partial(_shown, index, source, scores, clip_bytes), rows, facts))
 
@@ -165,6 +164,9 @@ def loudness(source: Source, keys: Sequence[str]) -> tuple[Float[np.ndarray, "kn
 
 
 def _loudness(source: Source, key: str) -> float | str:
+    # Imports torch, which nothing else here needs.
+    from pipeline.normalise import LoudnessMeter
+
     try:
         wave = source.sound(source.mp4(key))
     except (MediaError, StorageError, ValueError):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from pipeline.inspect_charts import STYLE as CHART_STYLE
-from pipeline.inspect_charts import Similarity, codes_svg, histogram_svg, shards_svg, similarity_svg, text, waveform_svg
+from pipeline.inspect_charts import Similarity, codes_svg, histogram_svg, number_text, shards_svg, similarity_svg, text, waveform_svg
 from pipeline.page import Figure, Sound, data_uri, document, figures_html, spectrogram_svg
 from shards.facts import ClassFacts, FailureFacts, MemberFacts, ShardFacts, SplitFacts
 from shards.inspect import array_text, size_text
@@ -23,6 +23,8 @@ TOP_CLASSES = 16
 LISTED_CLASSES = 2000
 """Most classes in the list: a dataset of captions has one for every clip."""
 LISTED_SHARDS = 400
+NAMES = ("array", "sha256 begins")
+"""Heads of columns of words; others are of numbers."""
 LISTED_EXTREMES = 3
 """Clips with the least and with the greatest value of a score that are named."""
 
@@ -179,8 +181,8 @@ def _classes_html(classes: Sequence[ClassFacts]) -> str:
 
 
 def _class_row(fact: ClassFacts, most: int) -> str:
-    failed = f"<small>{fact.failed:,} failed</small>" if fact.failed else ""
-    return f"<li><span><bdi>{text(fact.label or '')}</bdi>{failed}</span>{_bar((('ok', fact.ok),), most)}<b>{fact.ok:,}</b></li>"
+    name, failed = text(fact.label or ""), f"<small>{fact.failed:,} failed</small>" if fact.failed else ""
+    return f'<li><span title="{name}"><bdi>{name}</bdi>{failed}</span>{_bar((("ok", fact.ok),), most)}<b>{fact.ok:,}</b></li>'
 
 
 def _search_html(classes: Sequence[ClassFacts], most: int) -> str:
@@ -212,7 +214,7 @@ def _failure_html(failure: FailureFacts, total: int, most: int) -> str:
 
 
 def _spreads_html(data: DatasetPage) -> str:
-    cards = "".join(_spread_html(spread) for spread in data.spreads)
+    cards = "".join(_spread_html(spread) for spread in sorted(data.spreads, key=lambda spread: spread.is_flag))
     errors = "".join(
         f"<li><b>{text(name)}</b> failed on {clips:,} clip{'' if clips == 1 else 's'}, for example: <bdi>{text(message)}</bdi></li>"
         for name, clips, message in data.score_errors
@@ -231,9 +233,10 @@ def _spread_html(spread: Spread) -> str:
         bar = _bar((("ok", yes), ("no", len(values) - yes)), len(values))
         return f"<figure class=card><figcaption><b>{text(spread.name)}</b><span>{said}</span></figcaption>{bar}{note}</figure>"
     least, middle, most = np.quantile(values, (0, 0.5, 1)).tolist()
-    said = f"{least:.4g} to {most:.4g}{spread.unit}, median {middle:.4g}" if most > least else f"all {least:.4g}{spread.unit}"
+    shown = [number_text(value, most - least) for value in (least, most, middle)]
+    said = f"{shown[0]} to {shown[1]}{spread.unit}, median {shown[2]}" if most > least else f"all {shown[0]}{spread.unit}"
     chart = histogram_svg(values, title=f"{spread.name}: how many clips", unit=spread.unit)
-    ends = "".join(f"<li><code>{text(key)}</code><b>{value:.4g}</b></li>" for key, value in spread.extremes)
+    ends = "".join(f"<li><code>{text(key)}</code><b>{number_text(value, most - least)}</b></li>" for key, value in spread.extremes)
     listed = f"<details><summary>clips at both ends</summary><ol>{ends}</ol></details>" if ends else ""
     return f"<figure class=card><figcaption><b>{text(spread.name)}</b><span>{said}</span></figcaption>{chart}{note}{listed}</figure>"
 
@@ -247,14 +250,13 @@ def _gallery_html(data: DatasetPage) -> str:
 
 
 def _clip_html(clip: ShownClip) -> str:
-    scores = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in clip.scores)
     notes = "".join(f"<p class=remark>{text(note)}</p>" for note in clip.notes)
     left, right = _left_html(clip), _strips_html(clip)
     return (
         f'<article class="clip{"" if left and right else " single"}"><h3><bdi>{text(clip.label or "no label")}</bdi>'
         f"<span class=remark>{text(clip.split)} · {clip.seconds:.2f} s</span></h3><p class=key>{text(clip.key)}</p>"
         f"<div class=pair>{f'<div>{left}</div>' if left else ''}{f'<div>{right}</div>' if right else ''}</div>"
-        f"{f'<dl class=scores>{scores}</dl>' if scores else ''}{notes}</article>"
+        f"{notes}</article>"
     )
 
 
@@ -283,7 +285,8 @@ def _strips_html(clip: ShownClip) -> str:
         said = f"{text(clip.codes.codec)} codes: {codes.shape[0]} codebooks down; of their {card:,} codes {used:.0f} occur on average"
         picture = codes_svg(codes, clip.codes.seconds, clip.seconds, card, title=f"codes of {clip.key}")
         parts.append(f"<figure><figcaption>{said}</figcaption>{picture}</figure>")
-    return "".join(parts)
+    scores = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in clip.scores)
+    return "".join(parts) + (f"<dl class=scores>{scores}</dl>" if scores else "")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------------------
@@ -336,7 +339,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _table(heads: Sequence[str], rows: str) -> str:
-    head = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    head = "".join(f"<th{' class=name' if head in NAMES else ''}>{escape(head)}</th>" for head in heads)
     return f"<div class=scroll><table class=numbers><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
@@ -370,13 +373,14 @@ section>h3{margin:32px 0 8px}
 .level i{min-width:2px}
 i.ok{background:var(--good)}i.failed{background:var(--bad)}i.no{background:var(--rest)}
 .numbers td,.numbers th:not(:first-child){text-align:right;white-space:nowrap}
-.numbers .name{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.numbers td.name,.numbers th.name{text-align:left}
 .numbers .wide{width:34%;vertical-align:middle}
 .numbers .sum td,.numbers .sum th{font-weight:600}
 .numbers th:first-child{white-space:nowrap}
 .classes{list-style:none;margin:0;padding:0;max-width:none;columns:2;column-gap:40px}
 .classes li{display:grid;grid-template-columns:minmax(0,1fr) 34% 3.4em;gap:12px;align-items:center;
 margin:0;padding:4px 0;break-inside:avoid;font-size:.9rem}
+.classes li[hidden]{display:none}
 .classes span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .classes b{text-align:right;font-weight:600;font-variant-numeric:tabular-nums}
 .classes small{color:var(--bad);margin-left:8px}
@@ -391,7 +395,7 @@ border:1px solid var(--line);border-radius:8px}
 .reason li>bdi{color:var(--soft);margin-left:8px}
 .reason .more{color:var(--soft)}
 .reason .level{margin-top:8px;height:6px}
-.spreads{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:18px}
+.spreads{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:18px;align-items:start}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .card figcaption{display:flex;flex-wrap:wrap;gap:2px 14px;justify-content:space-between;align-items:baseline;margin-bottom:10px}
 .card b{color:var(--ink);font-weight:600}
@@ -400,8 +404,8 @@ border:1px solid var(--line);border-radius:8px}
 .card ol{list-style:none;padding:0;margin:6px 0 0}
 .card ol li{display:flex;justify-content:space-between;gap:12px;margin:2px 0}
 .errors{font-size:.9rem;overflow-wrap:anywhere}
-.clip h3 span{font-size:.86rem}
-.pair{display:grid;grid-template-columns:minmax(0,5fr) minmax(0,6fr);gap:18px;align-items:start}
+.clip h3 .remark,.reason h3 .remark{font-size:.86rem;white-space:nowrap;margin:0}
+.pair{display:grid;grid-template-columns:minmax(0,5fr) minmax(0,7fr);gap:18px;align-items:start}
 .single .pair{grid-template-columns:minmax(0,1fr)}
 .single .matrix{max-width:560px}
 .clip figure+figure,.clip video+figure{margin-top:12px}
@@ -438,14 +442,14 @@ for (const clip of document.querySelectorAll(".clip")) {
   if (!video) continue;
   const strips = [...clip.querySelectorAll(".strip")].map((chart) => {
     const box = chart.viewBox.baseVal, left = Number(chart.dataset.left || 0), first = chart.classList.contains("spectrogram") ? 9 : 0;
-    return {chart, left, first, width: box.width - left, whole: box.width, seconds: Number(chart.dataset.seconds),
-            across: chart.querySelector(".head:not(.down)"), down: chart.querySelector(".head.down")};
+    return {chart, left, first, width: box.width - left, whole: box.width, height: Number(chart.dataset.height || 0),
+            seconds: Number(chart.dataset.seconds), across: chart.querySelector(".head:not(.down)"), down: chart.querySelector(".head.down")};
   });
   const follow = () => {
-    for (const {width, first, seconds, across, down} of strips) {
-      const place = Math.min(1, video.currentTime / seconds) * width;
-      across.setAttribute("transform", `translate(${first + place} 0)`);
-      if (down) down.setAttribute("transform", `translate(0 ${place})`);
+    for (const {width, height, first, seconds, across, down} of strips) {
+      const place = Math.min(1, video.currentTime / seconds);
+      across.setAttribute("transform", `translate(${first + place * width} 0)`);
+      if (down) down.setAttribute("transform", `translate(0 ${place * height})`);
     }
     clip.classList.add("playing");
     if (!video.paused) requestAnimationFrame(follow);
