@@ -3,13 +3,21 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from shards import inspect
+from shards import facts, inspect, ledger
 from shards.dataset import create_or_check, new_info
+from shards.inspect import size_text
+from shards.read import Index
+from shards.view import write_view
 from shards.write import Entry, json_bytes, write_shard
+from tests.made_ledgers import clips_of, made_up_keys, write_dataset
 
 
 @pytest.fixture
@@ -107,6 +115,81 @@ def test_a_dataset_without_a_finished_shard(tmp_path, capsys):
     create_or_check(tmp_path / "new", new_info("media", {}))
     status, out, _ = report(capsys, tmp_path / "new")
     assert status == 0 and cells(out, "all")[:3] == ["all", "0", "0"]
+
+
+def test_scores(root, capsys):
+    known = {"key": ["same", "clip_1", "elsewhere"], "loudness": [-20.0, -31.5, 0.0], "cuts": [3, None, 7], "speech": [True, False, True]}
+    said = {"speech.error": [None, "ValueError: odd", "ValueError: not of this dataset"], "speech.shard_sha256": ["a", "b", "c"]}
+    pq.write_table(pa.table(known | said), root / "scores.parquet")
+    status, out, _ = report(capsys, root)
+    assert status == 0 and cells(out, "loudness") == ["loudness", "2", "-31.5", "-25.75", "-20"]
+    assert cells(out, "cuts") == ["cuts", "1", "3", "3", "3"] and cells(out, "speech") == ["speech", "2", "50.0% true"]
+    assert "speech failed on 1 clips, for example: ValueError: odd" in out and "shard_sha256" not in out
+    _, out, _ = report(capsys, root, "split=val")
+    assert cells(out, "loudness")[1] == "1" and cells(out, "cuts")[1:] == ["1", "3", "3", "3"]
+    (root / "scores.parquet").write_bytes(b"no parquet")
+    status, _, err = report(capsys, root)
+    assert status == 2 and "scores.parquet is not readable" in err
+
+
+def test_a_view_shows_its_own_rows_and_how_they_were_chosen(root, tmp_path, capsys):
+    index = Index.open(root)
+    lost = {field.name: None for field in index.table.schema} | {"key": "lost", "split": "val", "status": "failed", "reason": "missing"}
+    kept = index.table.filter(pc.field("key") == "clip_1")
+    write_view(tmp_path / "view", index, pa.concat_tables([kept, pa.Table.from_pylist([lost], schema=kept.schema)]), selection=["list=a.txt"])
+    pq.write_table(pa.table({"key": ["clip_1"], "loudness": [-31.5], "cuts": [2]}), root / "scores.parquet")
+    pq.write_table(pa.table({"key": ["clip_1"], "cuts": [5]}), tmp_path / "view" / "scores.parquet")
+    status, out, _ = report(capsys, tmp_path / "view")
+    assert status == 0 and "view" in cells(out, "view")[0] and str(root) in out and "  list=a.txt" in out
+    size = sum(int(members.size[index.row("clip_1")]) for members in index.members.values())
+    assert cells(out, "train")[1:] == ["1", "0", "0.500", size_text(size), size_text(size)]
+    assert cells(out, "val")[1:3] == ["0", "1"] and cells(out, "missing")[1] == "1"
+    assert cells(out, "loudness")[2] == "-31.5" and cells(out, "cuts")[2] == "5"  # its own before its parent's
+    assert cells(out, "train-000001")[1:3] == ["1", "0"] and "train-000000" not in out
+    assert report(capsys, tmp_path / "view", "key=clip_1")[0] == 0
+
+
+def test_facts_are_those_of_the_rows_counted_one_by_one(tmp_path):
+    write_dataset(tmp_path, clips_of(made_up_keys(997)), width=3, clips_per_shard=64)
+    index, found = Index.open(tmp_path), ledger.listing(tmp_path)
+    rows = list(index.rows())
+    assert 0 < index.failed < 100 and len(rows) == 997
+
+    def counts(name, status):
+        return Counter(row[name] for row in rows if row["status"] == status)
+
+    ok, failed = counts("split", "ok"), counts("split", "failed")
+    seconds, shards = Counter(), {}
+    for row in rows:
+        seconds[row["split"]] += row["duration_seconds"] or 0
+        shards.setdefault(row["split"], set()).add(row["shard"])
+    *parts, whole = facts.splits(index, found)
+    assert [part.name for part in parts] == sorted(ok)
+    for part in parts:
+        size = sum((tmp_path / f"{shard}.tar").stat().st_size for shard in shards[part.name])
+        assert (part.ok, part.failed, part.bytes) == (ok[part.name], failed[part.name], size) and abs(part.seconds - seconds[part.name]) < 1e-6
+    assert (whole.name, whole.ok, whole.failed) == ("all", index.ok, index.failed) and whole.bytes == sum(part.bytes for part in parts)
+
+    ok, failed = counts("label", "ok"), counts("label", "failed")
+    classes = facts.classes(index)
+    assert {fact.label: (fact.ok, fact.failed) for fact in classes} == {label: (ok[label], failed[label]) for label in {*ok, *failed}}
+    assert [fact.ok for fact in classes] == sorted((fact.ok for fact in classes), reverse=True)
+
+    reasons = counts("reason", "failed")
+    failures = facts.failures(index, examples=3)
+    assert {fact.reason: fact.clips for fact in failures} == dict(reasons) and [fact.clips for fact in failures] == sorted(
+        reasons.values(), reverse=True
+    )
+    for fact in failures:
+        assert fact.examples == tuple((row["source"], row["message"]) for row in rows if row["reason"] == fact.reason)[:3]
+
+    ok, failed, size = counts("shard", "ok"), counts("shard", "failed"), Counter()
+    for row in rows:
+        size[row["shard"]] += sum(row[name] or 0 for name in row if name.endswith(".size"))
+    told = facts.shards(index, found)
+    assert [fact.name for fact in told] == list(dict.fromkeys(row["shard"] for row in rows))
+    assert all((fact.ok, fact.failed, fact.bytes) == (ok[fact.name], failed[fact.name], size[fact.name]) for fact in told)
+    assert {(fact.name, fact.sha256) for fact in told} == {(row["shard"], row["shard_sha256"]) for row in rows}
 
 
 def test_as_a_command(root):
