@@ -138,7 +138,7 @@ def remaining(clips: Sequence[Clip], rows: Mapping[Name, Row], *, retry_failed: 
 
     def is_done(clip: Clip) -> bool:
         row = rows.get(_name(clip))
-        return row is not None and row["version"] == clip.version and not (retry_failed and row["status"] == "failed")
+        return row is not None and row["version"] == _version(clip) and not (retry_failed and row["status"] == "failed")
 
     return [clip for clip in clips if not is_done(clip)]
 
@@ -188,8 +188,15 @@ def failed_row(clip: Clip, error: MediaError) -> Row:
 
 
 def _row(clip: Clip) -> Row:
-    own = {name: getattr(clip, name) for name in ("key", "split", "label", "source", "version")}
-    return dict.fromkeys(SCHEMA.names) | own
+    own = {name: getattr(clip, name) for name in ("key", "split", "label", "source")}
+    return dict.fromkeys(SCHEMA.names) | own | {"version": _version(clip)}
+
+
+def _version(clip: Clip) -> str | None:
+    """What changes when the clip does: its file's version, and which part of it the clip is."""
+    if clip.start_seconds is None and clip.end_seconds is None:
+        return clip.version
+    return f"{clip.version} [{clip.start_seconds}, {clip.end_seconds})"
 
 
 def _name(clip: Clip) -> Name:

@@ -20,6 +20,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -110,7 +111,7 @@ def videos(path: str) -> Iterator[TarVideo]:
     found = storage.stat(path)
     if found is None:
         raise FileNotFoundError(2, "no such file", path)
-    with _File(found) as file:
+    with _File(found, threading.Event()) as file:
         yield from _videos(file)
 
 
@@ -119,15 +120,17 @@ def listed(paths: Sequence[str]) -> Iterator[tuple[Stat, list[TarVideo]]]:
 
     Lists of large tars are kept in the cache folder, by path, size and version.
     """
+    stop = threading.Event()
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         try:
-            yield from tqdm(pool.map(_listed, paths), total=len(paths), desc="tar headers", unit="tar", delay=5.0, mininterval=_interval())
-        except BaseException:
+            found = pool.map(partial(_listed, stop=stop), paths)
+            yield from tqdm(found, total=len(paths), desc="tar headers", unit="tar", delay=5.0, mininterval=_interval())
+        finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
-            raise
 
 
-def _listed(path: str) -> tuple[Stat, list[TarVideo]]:
+def _listed(path: str, *, stop: threading.Event) -> tuple[Stat, list[TarVideo]]:
     found = storage.stat(path)
     if found is None:
         raise FileNotFoundError(2, "no such file", path)
@@ -135,7 +138,7 @@ def _listed(path: str) -> tuple[Stat, list[TarVideo]]:
     kept = storage.cache_dir() / "tars" / f"{name}.json"
     if (known := _known(kept)) is not None:
         return found, known
-    with _File(found) as file:
+    with _File(found, stop) as file:
         members = list(_videos(file))
     if file.headers >= KEPT_MEMBERS:
         try:
@@ -155,12 +158,12 @@ def _interval() -> float:
 
 
 class _File:
-    """A file's bytes by position, read a window at a time."""
+    """A file's bytes by position, read a window at a time until `stop` is set."""
 
-    def __init__(self, found: Stat) -> None:
+    def __init__(self, found: Stat, stop: threading.Event) -> None:
         self.path, self.size = found.path, found.size
         self.headers = 0
-        self._found, self._stop = found, threading.Event()
+        self._found, self._stop = found, stop
         self._start, self._data = 0, b""
         self._local = None if storage.is_remote(found.path) else os.open(found.path, os.O_RDONLY)
 
@@ -182,6 +185,8 @@ class _File:
     def _range(self, start: int, end: int) -> bytes:
         if end <= start:
             return b""
+        if self._stop.is_set():
+            raise _StoppedError
         if self._local is None:
             return bytes(storage.read_range(self._found, start, end, stop=self._stop))
         return os.pread(self._local, end - start, start)
@@ -460,7 +465,7 @@ def _unpack_all(plan: Sequence[tuple[Stat, str]]) -> None:
 
 
 class _StoppedError(Exception):
-    """Another file of the same call has failed."""
+    """What this is for is not wanted any more: another file of the same call has failed, or the caller has gone."""
 
 
 def _unpack(found: Stat, target: str, bar: tqdm, stop: threading.Event) -> None:
@@ -475,6 +480,9 @@ def _unpack(found: Stat, target: str, bar: tqdm, stop: threading.Event) -> None:
         out.write(start)
         for piece in pieces:
             out.write(piece)
+    kind, _, time = found.version.partition(":")
+    if kind == "mtime" and not storage.is_remote(target):
+        os.utime(target, ns=(int(time), int(time)))  # so that unpacked anew, after a scratch disk was emptied, it is the same input
 
 
 def _decompressed(found: Stat, bar: tqdm, stop: threading.Event) -> Iterator[bytes]:

@@ -345,6 +345,9 @@ def test_compressed_tars_are_unpacked_once() -> None:
     assert found == [f"out/p{n}.tar" for n in range(1, 5)] and [Path(path).read_bytes() for path in found] == list(wanted.values())
     before = [os.stat(path).st_ino for path in found]
     assert unpacked([*wanted], "out") == found and [os.stat(path).st_ino for path in found] == before
+    versions = [storage.Stat(clip.source, 0, clip.version or "") for clip in discover(DiscoverConfig("in", unpack="out"))]
+    shutil.rmtree("out")
+    assert [storage.Stat(clip.source, 0, clip.version or "") for clip in discover(DiscoverConfig("in", unpack="out"))] == versions
     assert unpacked(["in/p1.tar.gz", "plain/t.tar"], "elsewhere") == ["elsewhere/in/p1.tar", "plain/t.tar"]
 
 
