@@ -2,16 +2,21 @@
 
     python -m tests.benchmarks.datasets [clips=190053,2000000] [datasets=../shared/datasets] [folder=/tmp] [width=16] [steps=open,subset,...]
 
-The dataset is made by `tests.made_ledgers`: real ledgers over tars of holes, feature shards of 64 clips of 10 s as `soundshard prepare` makes them, but
-for the features' width: of 768, most of an epoch's time would go into the system's making zeros. 190,053 clips are VGGSound's own, and the subset is
-VisualSound, where the published lists are; other sizes, and without the lists, have keys made up in their form, and a subset of 48 %, the same part.
+The dataset is made by `tests.made_ledgers`: real ledgers over tars of holes, feature shards of 64 clips of 10 s as `soundshard prepare` makes
+them, but for the features' width: of 768, most of an epoch's time would go into the system's making zeros. 190,053 clips are VGGSound's own, and the
+subset is VisualSound, where the published lists are; other sizes, and without the lists, have keys made up in their form, and a subset of 48 %.
 
 Every step runs in a process of its own, as a user's command would: `seconds` and `cpu` of what it does, `start` of starting Python and importing what
-it needs, `peak_mb` the most resident memory it had (mapped parts of shards included), `own_mb` the most without what is mapped from files. The steps:
-`plan` and `plan_again` list a folder of as many empty files with a csv, make the plan and find it unchanged (`planning_mb`: of the planning process,
-which ends with it); `open_ledgers` indexes the dataset from its ledgers, `manifest` merges them, `open` indexes the dataset from that; `subset` is the
-command that writes a view of what the split files name, and `open_view` indexes it; `train` opens its training split and gives the first batch; `epoch`
-gives all batches of an epoch, read from the holes, and compares their keys with the list's. The last line is JSON.
+it needs, `peak_mb` the most resident memory it had (mapped parts of shards included), `own_mb` the most without what is mapped from files.
+
+    plan, plan_again   list a folder of as many empty files with a csv, make the plan, find it unchanged; `planning_mb`: of the planning process
+    open_ledgers       index the dataset from its ledgers
+    manifest, open     merge the ledgers; index the dataset from that
+    subset, open_view  the command that writes a view of what the split files name; index it
+    train              open its training split as a stream, give the first batch
+    epoch              give all batches of an epoch, read from the holes, and compare their keys with the lists'
+
+The last line is JSON.
 """
 
 import json
