@@ -260,7 +260,8 @@ def _listed_files(listing: str, split: str) -> Iterator[Clip]:
     if rows and is_table(listing) and not any(row.path for row in rows):
         raise ValueError(f"{listing} names clips and does not say where they are; give their folder as source, and this as listing")
     paths = [_resolved(parent, row.path or row.clip_id) for row in rows]
-    files = _objects({path for path in paths if not web.is_web(path) and storage.is_remote(path)})
+    files = _members({path for path in paths if f".tar{tars.INSIDE}" in path and not web.is_web(path)})
+    files |= _objects({path for path in paths if path not in files and not web.is_web(path) and storage.is_remote(path)})
     for row, path in zip(rows, paths, strict=True):
         if web.is_web(path):  # asked for when it is read
             yield _of(row, File(path), row.key)
@@ -269,6 +270,12 @@ def _listed_files(listing: str, split: str) -> Iterator[Clip]:
             file = files[path] = File(path) if storage.is_remote(path) else _file(path)
         absent = file.size is None and (storage.is_remote(path) or not os.path.lexists(path))
         yield _missing(row, path, f"listed in {listing} but not there") if absent else _of(row, file, row.key)
+
+
+def _members(sources: Iterable[str]) -> dict[str, File]:
+    """Those of `PATH.tar::MEMBER` that are there."""
+    there = [path for path in sorted({tars.tar_of(source)[0] for source in sources}) if storage.is_file(path)]
+    return {file.path: file for file in _tarred(there, "the list", "")} if there else {}
 
 
 def _of(row: ListedClip, file: File, key: str, *, cut: bool = True) -> Clip:

@@ -49,7 +49,7 @@ SPLITS = {"train": "train", "valid": "validation", "val": "validation", "validat
 LARGEST_OFFSET_SECONDS = 2.1
 """Fixed offsets are of Synchformer's 21 classes: from -2 to 2 s, give or take half a class."""
 PATHS = ("path", "file", "filepath", "file_path", "filename", "url", "video_id", "video")
-LABELS = ("label", "desc", "description", "class", "category")
+LABELS = ("label", "desc", "description", "class", "category", "positive_labels", "labels")
 VGGSOUND_IDS = ("filename", "youtube_id", "ytid", "video_id", "id")
 
 
@@ -118,6 +118,8 @@ def without_ending(path: str) -> str:
 
 def name_of(path: str) -> str:
     """How a clip is called, from where a list or a folder has it: its file's stem, with the folder where that is a part of the name (VAS, LRS3)."""
+    if ".tar::" in path:
+        path = path.partition(".tar::")[2]
     if "/" not in path:
         return without_ending(path)
     if web.is_web(path):
@@ -256,9 +258,13 @@ def _by_header(row: list[str]) -> Callable[[list[str], str], ListedClip | None] 
     names = [{"v_start_sec": "vstart_sec"}.get(name, name) for name in (cell.strip().lower() for cell in row)]
     known = set(names)
     identity = next((name for name in VGGSOUND_IDS if name in known), None)
-    if identity is not None and "start" in known:
+    of_youtube = identity in ("youtube_id", "ytid")
+    start = next((name for name in ("start", *(("start_seconds",) if of_youtube else ())) if name in known), None)
+    if identity is not None and start is not None:
         label = next((name for name in LABELS if name in known), None)
-        return _vggsound_columns(names, names.index(identity), names.index("start"), label, "split" if "split" in known else None)
+        if "end_seconds" in known:
+            return _audioset_columns(names, [identity, start, "end_seconds", *([label] if label else [])])
+        return _vggsound_columns(names, names.index(identity), names.index(start), label, "split" if "split" in known else None)
     if not known & {"key", *PATHS}:
         return None
 
@@ -282,6 +288,22 @@ def _vggsound_columns(
         return _vggsound(
             row[identity], row[start], row[label_at] if label_at >= 0 else "", (row[split_at].strip() if split_at >= 0 else "") or default
         )
+
+    return read
+
+
+def _audioset_columns(names: Sequence[str], wanted: Sequence[str]) -> Callable[[list[str], str], ListedClip | None]:
+    """AudioSet's rows under a header that is no comment."""
+    places = [names.index(name) for name in wanted]
+
+    def read(row: list[str], split: str) -> ListedClip | None:
+        if len(row) != len(names):
+            raise _ExpectedError(", ".join(names))
+        # The fifth column marks a row as AudioSet's, whatever its labels are.
+        clip = _audioset_row([*([row[place] for place in places] + [""])[:4], ""], split)
+        if clip is None:
+            raise _ExpectedError(f"{', '.join(names)}, with start and end in seconds")
+        return clip
 
     return read
 

@@ -456,6 +456,18 @@ def test_tars_in_object_storage(s3: S3, tmp_path: Path) -> None:
         ("c", "/in/c.mp4", None),
     ]
     assert [clip.key for clip in discover(DiscoverConfig(f"{s3.url}/in/x.tar"))] == ["a", "b"]
+    # Sources of a dataset's ledger, as a list of their own.
+    listed = [*(clip.source for clip in clips), f"{tmp_path}/x.tar::deep/a.mp4", f"{tmp_path}/x.tar::d.mp4", f"{tmp_path}/y.tar::e.mp4"]
+    (tmp_path / "again.txt").write_text("\n".join(listed))
+    again = discover(DiscoverConfig(str(tmp_path / "again.txt")))
+    assert {(clip.key, clip.source, clip.offset, clip.reason) for clip in again} == {
+        ("a", listed[3], 512, None),
+        ("a", listed[0], 512, "duplicate_key"),
+        ("b", listed[1], 1536, None),
+        ("c", listed[2], None, None),
+        ("d", listed[4], None, "missing"),
+        ("e", listed[5], None, "missing"),
+    }
 
 
 def test_lrs3_in_a_tar(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ def test_audiosets_csv_and_split_files(tmp_path: Path) -> None:
         ListedClip("--4gqARaEJE_0", "--4gqARaEJE_0_10000", "/m/068hy,/m/07q6cd_", "test"),
         ListedClip("-0BIyqJj9ZU_30000", "-0BIyqJj9ZU_30000_38290", "/t/x", "test"),
     ]
+    headed = read_listing(_write(tmp_path, "YTID,start_seconds,end_seconds,positive_labels\n" + rows), split="test")
+    assert headed == read_listing(_write(tmp_path, text), split="test")
+    (row,) = read_listing(_write(tmp_path, "youtube_id,start_seconds,label\n-0BIyqJj9ZU,30,x\n"))
+    assert row == ListedClip("-0BIyqJj9ZU_30000", "-0BIyqJj9ZU_30000_40000", "x", "train")
     (row,) = read_listing(_write(tmp_path, "eval_segments/q8Gkn9hvejY_0_8000\n", "audioset_test.txt"))
     assert (row.clip_id, row.key, row.path) == ("q8Gkn9hvejY_0_8000", "q8Gkn9hvejY_0_8000", "eval_segments/q8Gkn9hvejY_0_8000")
 
@@ -207,6 +211,7 @@ def test_a_listed_clip_is_found_by_its_start() -> None:
         ("l.csv", "filename,start,desc,split\naaaaaaaaaaa,1.5,x,train\n", "line 2: .*whole seconds"),
         ("l.csv", "filename,start,desc,split\naaaaaaaaaaa,1,a, b,train\n", "line 2: .*expected filename, start, desc, split"),
         ("l.csv", 'aaaaaaaaaaa,1,"x,train\nbbbbbbbbbbb,2,x,train\n', "line 2: .*closed quotes"),
+        ("l.csv", "ytid,start_seconds,end_seconds\naaaaaaaaaaa,1,x\n", "line 2: .*start and end in seconds"),
         ("l.csv", "file,start_sec\na,-1\n", "line 2: .*start_sec of at least 0"),
         ("l.csv", "file,start_sec\na,nan\n", "line 2: .*start_sec in seconds"),
         ("l.csv", "path,start_seconds,end_seconds\na,2,1\n", "line 2: .*greater end_seconds"),
