@@ -220,7 +220,7 @@ def _score_all(config: ScoreConfig, index: Index, scorers: Sequence[Scorer], uni
                     raise JobError(f"{root_cause(error)}; what is done is kept, the same command goes on") from error
                 actor, unit = running.pop(ready)
                 free.append(actor)
-                store.add(table, unit.names)
+                store.add(table, unit.rows, unit.names)
                 tally.add(tick)
                 progress.update(tally.snapshot())
 
@@ -320,7 +320,7 @@ def table_of(keys: Sequence[str], scorers: Sequence[Scorer], found: "Mapping[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`soundshard score`."""
-    return job_main(ScoreConfig, run, argv, command="soundshard score", positional="data")
+    return job_main(ScoreConfig, run, argv, command="score", positional="data")
 
 
 if __name__ == "__main__":
