@@ -7,7 +7,7 @@ about.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -136,12 +136,13 @@ class ScoreStore:
         finally:
             self._write_part()
 
-    def add(self, rows: pa.Table, names: tuple[str, ...]) -> None:
-        """Some clips' rows: `key`, and of each of these scorers the columns and the error. Written when there are enough."""
-        shards = self._shards.take(rows_of(rows[KEY].combine_chunks(), pa.chunked_array([self._keys])))
+    def add(self, table: pa.Table, rows: Sequence[int], names: Sequence[str]) -> None:
+        """What some clips, given as rows of the index, have: `key`, and of each of these scorers the columns and the error. Written when there is
+        enough."""
+        shards = self._shards.take(pa.array(rows))
         for name in names:
-            rows = rows.append_column(name + SHARD, shards)
-        self._pending.append(rows.replace_schema_metadata(self._metadata({name: self.wanted[name] for name in names})))
+            table = table.append_column(name + SHARD, shards)
+        self._pending.append(table.replace_schema_metadata(self._metadata({name: self.wanted[name] for name in names})))
         if sum(table.num_rows for table in self._pending) >= self._part_clips or time.monotonic() - self._written > PART_SECONDS:
             self._write_part()
 

@@ -148,7 +148,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> 
         for unit in units:
             if stop_after is not None and len(done) >= stop_after:
                 raise KeyboardInterrupt
-            store.add(actor.unit(part_of(index, good_rows(index), unit), unit.names)[0], unit.names)
+            store.add(actor.unit(part_of(index, good_rows(index), unit), unit.names)[0], unit.rows, unit.names)
             done.append(unit)
 
     monkeypatch.setattr(score, "_score_all", score_all)
@@ -308,7 +308,7 @@ def test_units_hold_neighbours_that_lack_the_same(features: Path) -> None:
     with store.writing(100):
         keys = index.keys.to_pylist()
         done = [keys[row] for row in (2, 3, 5)]
-        store.add(table_of(done, [TOTAL], {"total": [{"total": 1.0, "count": 1}] * 3}), ("total",))
+        store.add(table_of(done, [TOTAL], {"total": [{"total": 1.0, "count": 1}] * 3}), (2, 3, 5), ("total",))
     units = find_units(store, [TOTAL, MEAN], np.ones(7, bool), retry_failed=False)
     both = ("total", "mean")
     assert list(units) == [Unit((0, 1), both), Unit((2, 3), ("mean",)), Unit((4,), both), Unit((5,), ("mean",)), Unit((6,), both)]
