@@ -181,7 +181,7 @@ def _check_ledgers(verified: Verified, found: Listing, fingerprint: str | None, 
         if table is None:
             continue
         shard.ledger = not problems
-        good = table.filter(pc.field("status") == "ok")
+        good = _good(table)
         shard.ok, shard.failed = good.num_rows, table.num_rows - good.num_rows
         if shard.ledger:
             shard.wanted_sha256 = table["shard_sha256"][0].as_py() if len(table) else EMPTY_SHA256
@@ -217,6 +217,11 @@ def _ledgers(
                 yield ahead[0][0], ahead.popleft()[1].result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _good(table: pa.Table) -> pa.Table:
+    """The rows of good clips. By a mask: an expression costs milliseconds, and there are thousands of small ledgers."""
+    return table.filter(pc.call_function("equal", [table["status"], pa.scalar("ok")]))
 
 
 def _compare(verified: Verified, name: str, table: pa.Table) -> None:
@@ -389,7 +394,7 @@ def _check_view(verified: Verified, info: DatasetInfo, workers: int) -> None:
     if wrong:
         told.problem(ledger.MANIFEST, wrong)
         return
-    _check_keys(verified, [table.filter(pc.field("status") == "ok")["key"]])
+    _check_keys(verified, [_good(table)["key"]])
     of_parent = Told()
     there = check_info(parent, of_parent)
     told.problems += [Problem(f"{parent}/{problem.file}", problem.message) for problem in of_parent.problems]
@@ -421,7 +426,7 @@ def _check_view_rows(verified: Verified, table: pa.Table, parent: str, fingerpri
         if rows is not None and not problems:
             differing = first(_differing(parts[name].to_pylist(), rows.to_pylist()), MOST)
             told.problems += differing
-            good = parts[name].filter(pc.field("status") == "ok").num_rows
+            good = _good(parts[name]).num_rows
             shard.ok, shard.failed = good, len(parts[name]) - good
 
 
