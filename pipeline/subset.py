@@ -151,9 +151,10 @@ def choose(index: Index, config: SubsetConfig) -> Chosen:
         steps.append(tally.step(name, table["split"], kept))
 
     for listing in listings:
-        places = names.places(names.find(listing.keys))
+        found = names.find(listing.keys)
+        places = names.places(found)
         table = told_by(table, listing, places)
-        presences.append(presence_of(listing, table, names))
+        presences.append(presence_of(listing, table, names, found))
         keep(listing.name, as_answer(places >= 0))
     if excluded := read_lists("exclude", several(config.exclude)):
         keep(excluded.name, as_answer(names.places(names.find(excluded.keys)) < 0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
 from configs import storage
 from pipeline.select import Listing, Names, is_good
@@ -68,10 +68,10 @@ class Chosen:
     notes: list[str]
 
 
-def presence_of(listing: Listing, table: pa.Table, names: Names) -> Presence:
-    """How much of a list is there, in a table that has a row for all of it."""
+def presence_of(listing: Listing, table: pa.Table, names: Names, found: Int64[np.ndarray, " listed"]) -> Presence:
+    """How much of a list is there, in a table that has a row for all of it: `found` are its clips among the table's names."""
     good = is_good(table)
-    rows = names.rows_of(names.find(listing.keys), good)
+    rows = names.rows_of(found, good)
     splits = table["split"].take(pa.array(rows)).to_pylist()
     there = good[rows]
     lacking = table.take(pa.array(rows[~there])).select(["split", "reason", "message"]).to_pylist()
