@@ -120,8 +120,11 @@ def _scores(index: Index, given: str | None) -> Scores:
 
 def _spreads(index: Index, scores: Scores) -> Iterator[Spread]:
     """How long clips are, and how their scores are spread."""
-    seconds = index.table.filter(pc.field("status") == "ok")["duration_seconds"].drop_null().to_numpy()
-    yield Spread("duration", seconds.astype(np.float64), " s", "" if len(seconds) == index.ok else f"known of {len(seconds):,} clips")
+    good = index.table.filter(pc.field("status") == "ok")
+    for name, column in (("duration", "duration_seconds"), ("start in the video", "start_seconds")):  # the latter of views, where a list gave it
+        if column in good.column_names:
+            known = good[column].drop_null().to_numpy().astype(np.float64)
+            yield Spread(name, known, " s", "" if len(known) == index.ok else f"known of {len(known):,} clips")
     for score in scores.columns:
         known = score.known
         note = f"{len(known):,} of {index.ok:,} clips have one" if len(known) < index.ok else ""

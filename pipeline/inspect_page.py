@@ -130,8 +130,8 @@ def _header(data: DatasetPage) -> str:
         Figure(hours_text(whole.seconds), "of video"),
         Figure(f"{whole.failed:,}", f"failed ({share_text(whole.failed, whole.ok + whole.failed)})" if whole.failed else "failed"),
         Figure(size_text(whole.bytes), "in shards" if data.parent is None else "of the parent's shards"),
-        Figure(f"{labels:,}", "class" if labels == 1 else "classes"),
     ]
+    figures += [Figure(f"{labels:,}", "class" if labels == 1 else "classes")] if labels else []
     what = f"The {data.kind} dataset" if data.parent is None else f"A view of the {data.kind} dataset <code>{text(data.parent)}</code>"
     chosen = "".join(f"<li>{text(line)}</li>" for line in data.selection)
     return (
@@ -295,9 +295,10 @@ def _strips_html(clip: ShownClip) -> str:
 def _shards_html(data: DatasetPage) -> str:
     if not data.shards:
         return ""
+    arrays = any(member.dtype for member in data.members)
     members = "".join(
         f"<tr><th scope=row>{text(member.extension)}</th><td>{member.clips:,}</td><td>{size_text(member.bytes)}</td>"
-        f"<td>{size_text(member.bytes / member.clips)}</td><td class=name>{text(array_text(member))}</td></tr>"
+        f"<td>{size_text(member.bytes / member.clips)}</td>{f'<td class=name>{text(array_text(member))}</td>' if arrays else ''}</tr>"
         for member in data.members
     )
     sizes = [(shard.name, shard.bytes if data.parent else shard.tar_bytes or 0, shard.tar_bytes or 0) for shard in data.shards]
@@ -320,7 +321,7 @@ def _shards_html(data: DatasetPage) -> str:
     return (
         f"<p class=remark>{' '.join(said)}{', of which this view shows the darker part' if data.parent else ''}.</p>{shards_svg(sizes, size_text)}"
         f"{''.join(f'<p class=fault>{text(fault)}</p>' for fault in faults)}"
-        f"{_table(('member', 'clips', 'size', 'a clip', 'array'), members) if members else ''}"
+        f"{_table(('member', 'clips', 'size', 'a clip', *(('array',) if arrays else ())), members) if members else ''}"
         f"<details><summary>{title}</summary>{_table(heads, rows)}</details>"
     )
 
@@ -329,13 +330,14 @@ def _origin_html(data: DatasetPage) -> str:
     spec = _facts(data.spec)
     provenance = _facts(data.provenance) if data.provenance else "<p class=remark>Nothing is recorded beyond the spec.</p>"
     return (
-        f"<dl class=facts><dt>fingerprint</dt><dd>{data.fingerprint}</dd></dl><h3>Spec: what decides the bytes</h3>{spec}"
+        f"<p class=lead>Fingerprint <code>{data.fingerprint}</code></p><h3>Spec: what decides the bytes</h3>{spec}"
         f"<h3>Provenance: what is worth knowing</h3>{provenance}<h3>This page</h3><pre>{text(data.command)}</pre>"
     )
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return f"<dl class=facts>{''.join(f'<dt>{text(name)}</dt><dd><bdi>{text(value)}</bdi></dd>' for name, value in facts.items())}</dl>"
+    rows = "".join(f"<dt>{text(name)}</dt><dd><bdi>{text(value or '(empty)')}</bdi></dd>" for name, value in facts.items())
+    return f"<dl class=facts>{rows}</dl>"
 
 
 def _table(heads: Sequence[str], rows: str) -> str:
@@ -414,7 +416,7 @@ border:1px solid var(--line);border-radius:8px}
 .clip video{max-height:340px}
 .scores{display:flex;flex-wrap:wrap;gap:4px 22px;margin:14px 0 0;font-size:.86rem}
 .scores div{display:flex;gap:8px}.scores dt{color:var(--soft)}.scores dd{margin:0;font-variant-numeric:tabular-nums}
-.facts{display:grid;grid-template-columns:minmax(min-content,max-content) 1fr;gap:3px 18px;font-size:.84rem;margin:0}
+.facts{display:grid;grid-template-columns:repeat(2,max-content minmax(0,1fr));gap:3px 18px;font-size:.84rem;margin:0}
 .facts dt{color:var(--soft)}
 .facts dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.95em}
 .fault{color:var(--bad)}

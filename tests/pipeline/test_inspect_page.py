@@ -208,15 +208,16 @@ def test_scores(features: Path, tmp_path: Path) -> None:
 
 def test_a_view(features: Path, tmp_path: Path) -> None:
     index = Index.open(features)
-    kept = index.table.filter(pc.field("split") == "train").slice(0, 4)
-    lost = {field.name: None for field in index.table.schema} | {"key": "lost", "split": "train", "status": "failed", "reason": "missing"}
-    write_view(tmp_path / "view", index, pa.concat_tables([kept, pa.Table.from_pylist([lost], schema=index.table.schema)]), selection=["a < b"])
+    kept = index.table.filter(pc.field("split") == "train").slice(0, 4).append_column("start_seconds", pa.array([0.5, 1.0, None, 0.25]))
+    lost = {field.name: None for field in kept.schema} | {"key": "lost", "split": "train", "status": "failed", "reason": "missing"}
+    write_view(tmp_path / "view", index, pa.concat_tables([kept, pa.Table.from_pylist([lost], schema=kept.schema)]), selection=["a < b"])
     data, html = page(tmp_path / "view")
     text = checked(html).text
     assert data.parent == str(features) and "How its clips were chosen" in text and "a < b" in text
     members = sum(int(index.members[name].size[index.row(key)]) for name in index.members for key in kept["key"].to_pylist())
     assert data.splits[0].bytes == members == data.shards[0].bytes < (data.shards[0].tar_bytes or 0) and len(data.shards) == 1
     assert sum(clip.mp4 is not None for clip in data.clips) == 4 and [failure.reason for failure in data.failures] == ["missing"]
+    assert [spread.values.tolist() for spread in data.spreads if spread.name == "start in the video"] == [[0.5, 1.0, 0.25]]
     assert '<rect class="pale"' in html and "darker part" in text
 
 
