@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from configs import storage
 from configs.load import JobError, load
 from pipeline import score, scorers
 from pipeline.media import MediaError
@@ -25,6 +26,7 @@ from shards.read import Index
 from shards.view import write_view
 from shards.write import Entry, write_manifest, write_shard
 from tests.pipeline.clips import make_clip
+from tests.s3 import S3
 
 KEYS = ("a", "b", "c", "d", "e", "f", "g")
 
@@ -362,3 +364,20 @@ def test_options_are_checked() -> None:
         ScoreConfig(data="x", batch_clips=0)
     with pytest.raises(ValueError, match=r"ends in \.parquet"):
         ScoreConfig(data="x", out="scores")
+
+
+@pytest.mark.usefixtures("two_scorers")
+def test_scores_of_a_dataset_in_object_storage(features: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in features.iterdir():
+        storage.write_bytes(f"{s3.url}/features/{path.name}", path.read_bytes())
+    config = ScoreConfig(data=f"{s3.url}/features", part_clips=2)
+    with monkeypatch.context() as patch:
+        alone(patch, stop_after=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert "scores.parquet.part-000000" in storage.names(config.data)
+    done = alone(monkeypatch)
+    there = run(config)
+    assert sum(len(unit.rows) for unit in done) == 5 and there.equals(run(ScoreConfig(data=str(features))))
+    assert read_scores(config.data).equals(read_scores(str(features)))
+    assert [name for name in storage.names(config.data) if name.startswith("scores")] == ["scores.parquet"]
