@@ -2,21 +2,20 @@
 size and version.
 
 Rows are decided from names and listings alone: no video is opened, so 200,000 clips take seconds, on a disk or in an object store. What lists look
-like is `pipeline.lists`' matter, what tars look like `pipeline.tars`'. This module knows no media, no dataset and no Ray.
+like is `pipeline.lists`' matter, where files lie `pipeline.inputs`'. This module knows no media, no dataset and no Ray.
 """
 
 import hashlib
 import os
-import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from configs import storage
 from pipeline import greatest_hits, tars, web
+from pipeline.inputs import File, Folder, file_at, members_at, normal, objects_at, videos_in
 from pipeline.lists import (
     MILLISECONDS_NAME,
     VGGSOUND_SECONDS,
@@ -49,29 +48,8 @@ __all__ = [
     "lrs3_name",
 ]
 
-LISTED_ALWAYS = 1000
-LISTED_PER_WANTED = 100
-"""Objects that may be listed for one whose size is wanted: a page of 1000 costs about what asking for one object does."""
-ASKING_THREADS = 32
 NAMED_BY_START = re.compile(YOUTUBE_ID + r"_\d+(_\d+)?")
 """Keys of which a file says the end: in one copy clips are ten seconds long, in another as long as their videos went on."""
-
-
-class File(NamedTuple):
-    """An input where it lies."""
-
-    path: str
-    """Of a member of a tar: `PATH.tar::MEMBER`."""
-    size: int | None = None
-    """Bytes; None where there is a name but no file behind it, such as a dangling link."""
-    version: str | None = None
-    offset: int | None = None
-    """Byte at which a member of a tar begins."""
-
-    @property
-    def place(self) -> str:
-        """Its path as far as that says what it is called: in a tar, the member's."""
-        return self.path if self.offset is None else tars.tar_of(self.path)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +137,7 @@ def listed_rows(path: str, split: str) -> Iterator[ListedClip]:
 def _found(config: DiscoverConfig) -> Iterator[Clip]:
     """Every input, in any order, with duplicates."""
     # Workers may run in another directory or on another machine, so a local source is kept by its absolute path.
-    source = _normal(storage.join(config.source)) if storage.is_remote(config.source) else os.path.abspath(config.source)
+    source = normal(storage.join(config.source)) if storage.is_remote(config.source) else os.path.abspath(config.source)
     if config.layout == "lrs3":
         return _lrs3(source, config)
     if config.layout == "greatest_hits":
@@ -168,14 +146,14 @@ def _found(config: DiscoverConfig) -> Iterator[Clip]:
     if (is_file and tars.is_tar(source)) or (not is_file and storage.is_folder(source)):
         own = storage.join(source, "vggsound.csv")
         if config.listing == "none" or (not config.listing and (is_file or not storage.is_file(own))):
-            return (_clip(file, config.split) for file in _videos(source, config.unpack))
+            return (_clip(file, config.split) for file in videos_in(source, config.unpack))
         return _listed_ids(config.listing or own, source, config)
     if not is_file:
         raise ValueError(f"source is {config.source!r}, which is no file and no folder; give a folder of videos, a video or a list of videos")
     if config.listing and config.listing != "none":
         raise ValueError(f"listing is {config.listing!r}, but source is the file {config.source!r}; expected a folder with the listed clips")
     if source.lower().endswith(VIDEO_SUFFIXES):
-        return iter([_clip(_file(source), config.split)])
+        return iter([_clip(file_at(source), config.split)])
     return _listed_files(source, config.split)
 
 
@@ -184,98 +162,22 @@ def _clip(file: File, split: str) -> Clip:
     return Clip(key_of(name_of(place)), file.path, split, label_of_place(place), size=file.size, version=file.version, offset=file.offset)
 
 
-def _videos(folder: str, unpack: str) -> Iterator[File]:
-    """Videos under a folder or prefix, but for those behind a name that begins with a dot, and those in its tars; or those in one tar."""
-    found_tars: list[str] = []
-    if tars.is_tar(folder) and storage.is_file(folder):
-        found_tars.append(folder)
-    elif storage.is_remote(folder):
-        for found in storage.scan(folder):
-            if found.path.lower().endswith((*VIDEO_SUFFIXES, *tars.TAR_SUFFIXES)) and "/." not in found.path[len(folder) :]:
-                if tars.is_tar(found.path):
-                    found_tars.append(found.path)
-                else:
-                    yield File(found.path, found.size, found.version)
-    else:
-        yield from _local_videos(folder, found_tars)
-    yield from _tarred(sorted(found_tars), folder, unpack)
-
-
-def _tarred(paths: Sequence[str], folder: str, unpack: str) -> Iterator[File]:
-    """The videos in tars, which are unpacked first where they are compressed."""
-    packed = tars.compressed(paths)
-    if packed and not unpack:
-        raise ValueError(
-            f"{len(packed)} tars in {folder} are compressed, such as {packed[0]}, and a video in one cannot be reached without unpacking all before "
-            "it; unpack=FOLDER writes the plain tars there, once, and unpack=none passes over them"
-        )
-    if packed:
-        # What is unpacked may lie in the folder itself, where the next run finds it.
-        plain = [path for path in paths if path not in set(packed)]
-        paths = sorted({*plain, *([] if unpack == "none" else tars.unpacked(packed, storage.absolute(unpack)))})
-    for tar, members in tars.listed(paths) if paths else ():
-        for video in members:
-            yield File(tars.source_of(tar.path, video.member), video.size, tar.version, video.offset)
-
-
-def _local_videos(folder: str, found_tars: list[str]) -> Iterator[File]:
-    """A folder that cannot be listed is an error: its clips must not go missing without a word. Links to folders are not followed.
-    Tars are noted."""
-    folders = [folder]
-    while folders:
-        try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    elif entry.name.lower().endswith(VIDEO_SUFFIXES) and not (entry.is_symlink() and os.path.isdir(entry.path)):
-                        yield _local_file(entry.path)
-                    elif tars.is_tar(entry.name) and entry.is_file():
-                        found_tars.append(entry.path)
-        except OSError as error:
-            raise ValueError(f"cannot list {error.filename}: {error.strerror}") from error
-
-
-def _file(path: str) -> File:
-    """A file's size and version, if there is more than a name."""
-    if not storage.is_remote(path):
-        return _local_file(path)
-    found = storage.stat(path)
-    return File(path, found.size, found.version) if found else File(path)
-
-
-def _local_file(path: str) -> File:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return File(path)
-    return File(path, status.st_size, f"mtime:{status.st_mtime_ns}")
-
-
 def _listed_files(listing: str, split: str) -> Iterator[Clip]:
     """Clips of a list of paths, or of a table that has them."""
     parent, rows = storage.parent(listing), read_listing(listing, split=split)
     if rows and is_table(listing) and not any(row.path for row in rows):
         raise ValueError(f"{listing} names clips and does not say where they are; give their folder as source, and this as listing")
     paths = [_resolved(parent, row.path or row.clip_id) for row in rows]
-    files = _members({path for path in paths if f".tar{tars.INSIDE}" in path and not web.is_web(path)})
-    files |= _objects({path for path in paths if path not in files and not web.is_web(path) and storage.is_remote(path)})
+    files = members_at({path for path in paths if f".tar{tars.INSIDE}" in path and not web.is_web(path)})
+    files |= objects_at({path for path in paths if path not in files and not web.is_web(path) and storage.is_remote(path)})
     for row, path in zip(rows, paths, strict=True):
         if web.is_web(path):  # asked for when it is read
             yield _of(row, File(path), row.key)
             continue
         if (file := files.get(path)) is None:
-            file = files[path] = File(path) if storage.is_remote(path) else _file(path)
+            file = files[path] = File(path) if storage.is_remote(path) else file_at(path)
         absent = file.size is None and (storage.is_remote(path) or not os.path.lexists(path))
         yield _missing(row, path, f"listed in {listing} but not there") if absent else _of(row, file, row.key)
-
-
-def _members(sources: Iterable[str]) -> dict[str, File]:
-    """Those of `PATH.tar::MEMBER` that are there."""
-    there = [path for path in sorted({tars.tar_of(source)[0] for source in sources}) if storage.is_file(path)]
-    return {file.path: file for file in _tarred(there, "the list", "")} if there else {}
 
 
 def _of(row: ListedClip, file: File, key: str, *, cut: bool = True) -> Clip:
@@ -294,63 +196,20 @@ def _resolved(parent: str, line: str) -> str:
     if web.is_web(line):
         return web.check(line)
     if storage.is_remote(line):
-        return _normal(line)
+        return normal(line)
     if not storage.is_remote(parent):
         return os.path.join(parent, line)
-    return line if line.startswith("/") else _normal(f"{parent}/{line}")
-
-
-def _normal(url: str) -> str:
-    """An address without `.`, `..` and empty parts, as listings have it."""
-    scheme, _, path = url.partition("://")
-    return f"{scheme}://{posixpath.normpath(path)}"
-
-
-def _objects(wanted: Collection[str]) -> dict[str, File]:
-    """Size and version of the wanted objects that exist.
-
-    Folders are listed, since a page tells of a thousand objects for the price of asking for one: each folder by itself, or, where the objects lie in
-    many, everything under what their paths have in common. A listing that turns out to be mostly of other objects is given up, and the objects asked
-    for one by one.
-    """
-    found: dict[str, File] = {}
-    for paths in _grouped(wanted, lambda path: "/".join(path.split("/", 3)[:3])).values():  # those of one bucket
-        parents = _grouped(paths, posixpath.dirname)
-        together = len(parents) > 8 + len(paths) // 100
-        groups = {posixpath.commonprefix([f"{parent}/" for parent in parents]).rpartition("/")[0]: paths} if together else parents
-        for folder, members in groups.items():
-            found |= _listed_or_asked(folder, members, recursive=together)
-    return found
-
-
-def _grouped(paths: Iterable[str], key: Callable[[str], str]) -> dict[str, set[str]]:
-    groups: defaultdict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        groups[key(path)].add(path)
-    return groups
-
-
-def _listed_or_asked(folder: str, wanted: Collection[str], *, recursive: bool) -> dict[str, File]:
-    found: dict[str, File] = {}
-    for number, entry in enumerate(storage.scan(folder, recursive=recursive)):
-        if entry.path in wanted:
-            found[entry.path] = File(entry.path, entry.size, entry.version)
-        if number >= LISTED_ALWAYS + LISTED_PER_WANTED * len(wanted):
-            break
-    else:
-        return found
-    with ThreadPoolExecutor(ASKING_THREADS) as pool:
-        return found | {file.path: file for file in pool.map(_file, [path for path in wanted if path not in found]) if file.size is not None}
+    return line if line.startswith("/") else normal(f"{parent}/{line}")
 
 
 def _listed_ids(listing: str, folder: str, config: DiscoverConfig) -> Iterator[Clip]:
     """Clips of a list, found in a folder by their names, or by their places in it where the list has those."""
     rows = read_listing(listing, split=config.split)
-    here = _Folder(_videos(folder, config.unpack), folder, places=any(row.path is not None and "/" in row.path for row in rows))
+    here = Folder(videos_in(folder, config.unpack), folder, places=any(row.path is not None and "/" in row.path for row in rows))
     return _looked_up(rows, here, folder, listing)
 
 
-def _looked_up(rows: Iterable[ListedClip], here: "_Folder", folder: str, listing: str) -> Iterator[Clip]:
+def _looked_up(rows: Iterable[ListedClip], here: Folder, folder: str, listing: str) -> Iterator[Clip]:
     """Listed clips where they are, or as missing."""
     message, beginning = f"listed in {listing} but not in {folder}", folder.rstrip("/")
     for row in rows:
@@ -358,36 +217,8 @@ def _looked_up(rows: Iterable[ListedClip], here: "_Folder", folder: str, listing
         if file is None:
             yield _missing(row, f"{beginning}/{row.key}.mp4", message)
             continue
-        stem = without_ending(file.path.rpartition("/")[2])
+        stem = without_ending(file.place.rpartition("/")[2])
         yield _of(row, file, stem if NAMED_BY_START.fullmatch(row.key) and MILLISECONDS_NAME.fullmatch(stem) else row.key, cut=cut)
-
-
-class _Folder:
-    """A folder's videos by their names and places; of several for one name, the first in sorted order."""
-
-    def __init__(self, files: Iterable[File], folder: str, *, places: bool) -> None:
-        self._names: dict[str, File] = {}
-        self._places: dict[str, File] = {}
-        for file in sorted(files, key=lambda file: file.path, reverse=True):
-            place = file.place
-            for name in clip_ids(name_of(place)):
-                self._names[name] = file
-            if places:
-                self._places[without_ending(place.removeprefix(f"{folder}/"))] = file
-
-    def find(self, row: ListedClip) -> tuple[File | None, bool]:
-        """The file of a listed clip, and whether the clip is still to be cut from it: Greatest Hits' parts may be there under their own names."""
-        if row.cut is not None and greatest_hits.HIT_NAME.fullmatch(row.clip_id) and (part := self.named(row.clip_id)) is not None:
-            return part, False
-        return self.named(row.clip_id) if row.path is None else self.placed(row.path), True
-
-    def named(self, name: str) -> File | None:
-        """The file for a name, whichever of its forms the file has."""
-        return self._names.get(name) or next((self._names[other] for other in clip_ids(name) if other in self._names), None)
-
-    def placed(self, path: str) -> File | None:
-        """The file at a path in the folder, else the one of its name."""
-        return self._places.get(without_ending(posixpath.normpath(path))) or self.named(name_of(path))
 
 
 # --- LRS3 -----------------------------------------------------------------------------------------------------------------------------
@@ -400,7 +231,7 @@ def _lrs3(source: str, config: DiscoverConfig) -> Iterator[Clip]:
             f"source is {config.source!r}, which is no folder; layout=lrs3 reads pretrain|trainval|test/<speaker>/<utterance>.mp4 in one"
         )
     found: dict[str, tuple[str, str, File]] = {}
-    for file in sorted(_videos(source, config.unpack)):
+    for file in sorted(videos_in(source, config.unpack)):
         name = lrs3_name(file.place)
         if name is None:
             raise ValueError(
@@ -436,7 +267,7 @@ def _greatest_hits(source: str, config: DiscoverConfig) -> Iterator[Clip]:
         raise ValueError(
             f"source is {config.source!r}, which is no folder; layout=greatest_hits reads <video>_denoised.mp4 and <video>_times.txt in one"
         )
-    files = list(_videos(source, config.unpack))
+    files = list(videos_in(source, config.unpack))
     stems = sorted(without_ending(file.place.rpartition("/")[2]) for file in files)
     listing = config.listing or (source if any(split_of(name) for name in storage.names(source)) else "none")
     if listing == "none":
@@ -444,7 +275,7 @@ def _greatest_hits(source: str, config: DiscoverConfig) -> Iterator[Clip]:
         rows = [ListedClip(match[1], match[1], None, config.split) for match in whole]
     else:
         rows = read_listing(listing, split=config.split)
-    here = _Folder(files, source, places=False)
+    here = Folder(files, source, places=False)
     parts = _HitParts(here, stems, config)
     yield from _looked_up([part for row in rows for part in parts.of(row, listing)], here, source, listing)
 
@@ -452,7 +283,7 @@ def _greatest_hits(source: str, config: DiscoverConfig) -> Iterator[Clip]:
 class _HitParts:
     """Which parts of which videos a list of Greatest Hits stands for."""
 
-    def __init__(self, here: "_Folder", stems: Sequence[str], config: DiscoverConfig) -> None:
+    def __init__(self, here: Folder, stems: Sequence[str], config: DiscoverConfig) -> None:
         self._here, self._recording, self._length = here, config.recording, config.cut_seconds
         self._cut_already: defaultdict[str, list[str]] = defaultdict(list)
         for match in filter(None, map(greatest_hits.HIT_NAME.fullmatch, stems)):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import storage
-from pipeline import discover as discovering
+from pipeline import inputs
 from pipeline.discover import Clip, DiscoverConfig, discover, discovery, key_of
 from pipeline.job import Summary, finish, listed_text
 from pipeline.plan import Options, Plan, settle_here
@@ -373,8 +373,8 @@ def test_a_list_of_files_in_many_folders_lists_what_they_have_in_common(
 ) -> None:
     _put(s3.url, *(f"in/clip{n:02d}/video.mp4" for n in range(15)), "in/clip03/other.mp4", "around/x.mp4")
     (tmp_path / "list.txt").write_text("\n".join(f"{s3.url}/in/clip{n:02d}/video.mp4" for n in range(17)))
-    monkeypatch.setattr(discovering, "LISTED_ALWAYS", listed_always)
-    monkeypatch.setattr(discovering, "LISTED_PER_WANTED", 0)
+    monkeypatch.setattr(inputs, "LISTED_ALWAYS", listed_always)
+    monkeypatch.setattr(inputs, "LISTED_PER_WANTED", 0)
     asked = Counted(monkeypatch)
     clips = discover(DiscoverConfig(str(tmp_path / "list.txt")))
     # All have one key, and are told apart by their paths; those that are not there come last.
@@ -468,6 +468,13 @@ def test_tars_in_object_storage(s3: S3, tmp_path: Path) -> None:
         ("d", listed[4], None, "missing"),
         ("e", listed[5], None, "missing"),
     }
+
+
+def test_a_listed_clip_of_another_length_in_a_tar(tmp_path: Path) -> None:
+    _tar(tmp_path / "in.tar", "ZYc410CE4Rg_0_4000.webm", "deep/-0BIyqJj9ZU_30000_39000.mp4")
+    (tmp_path / "list.csv").write_text(CSV)
+    clips = discover(DiscoverConfig(str(tmp_path / "in.tar"), listing=str(tmp_path / "list.csv")))
+    assert [clip.key for clip in clips if clip.reason is None] == ["ZYc410CE4Rg_0_4000", "-0BIyqJj9ZU_30000_39000"]
 
 
 def test_lrs3_in_a_tar(tmp_path: Path) -> None:
