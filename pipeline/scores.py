@@ -6,7 +6,6 @@ Knows parquet, csv and json. Imports neither torch nor Ray, and does not know wh
 import csv
 import io
 import json
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -135,20 +134,3 @@ def _text(path: str) -> str:
 def rows_of(keys: pa.Array, among: pa.ChunkedArray) -> pa.Array:
     """In which row of `among` each key is; null for none."""
     return pc.call_function("index_in", [keys], pc.SetLookupOptions(among.combine_chunks()))
-
-
-# --- many tables as one ---------------------------------------------------------------------------------------------------------------
-
-
-def joined(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables of `read_scores` side by side, a row for each key that any of them has; ValueError where two have the same column."""
-    keys = pa.chunked_array([chunk for table in tables for chunk in table[KEY].chunks], pa.string()).unique()
-    columns: dict[str, pa.ChunkedArray | pa.Array] = {KEY: keys}
-    for table in tables:
-        rows = rows_of(keys, table[KEY])
-        for name in table.column_names:
-            if name != KEY and name in columns:
-                raise ValueError(f"two tables of scores have a column {name!r}; give one of them, or rename it")
-            if name != KEY:
-                columns[name] = table[name].take(rows)
-    return pa.table(columns)

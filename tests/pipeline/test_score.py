@@ -20,7 +20,7 @@ from pipeline.media_scores import SCORERS
 from pipeline.score import ScoreActor, ScoreConfig, Unit, choose, find_units, good_rows, part_of, run, scored, table_of
 from pipeline.score_store import Made, ScoreStore
 from pipeline.scorers import Item, ScoreOptions, Scorer, each
-from pipeline.scores import joined, read_scores, score_columns, scores_path, stem
+from pipeline.scores import read_scores, score_columns, scores_path, stem
 from shards.dataset import create_or_check, new_info
 from shards.read import Index
 from shards.view import write_view
@@ -79,13 +79,8 @@ def test_a_dataset_without_scores_says_how_to_make_them(tmp_path: Path) -> None:
         read_scores(str(tmp_path / "t.parquet"))
 
 
-def test_tables_side_by_side() -> None:
-    one, two = pa.table({"key": ["a", "b"], "x": [1.0, 2.0]}), pa.table({"key": ["c", "a"], "y": [3, 4]})
-    assert joined([one, two]).to_pydict() == {"key": ["a", "b", "c"], "x": [1.0, 2.0, None], "y": [4, None, 3]}
-    assert joined([]).num_rows == 0
-    with pytest.raises(ValueError, match="'x'"):
-        joined([one, one])
-    assert stem("a\\b.mp4") == "b" and stem("v1.5") == "v1.5" and stem("-x.MP4") == "-x"
+def test_keys_are_their_own_stems() -> None:
+    assert stem("a\\b.mp4") == "b" and stem("v1.5") == "v1.5" and stem("-x.MP4") == "-x" and stem("k_1000_2000") == "k_1000_2000"
 
 
 # --- scorers of a few numbers ---------------------------------------------------------------------------------------------------------
