@@ -214,8 +214,8 @@ def cut_frames(pictures: Pictures) -> list[int]:
     Pictures are compared by the mean absolute difference of their colours at 16 pixels, and by their histograms of colours. Between the 0.2 s before
     and the 0.2 s after a cut every pair of pictures differs in both, while after a flash it is as before, and after a jerk the colours are the same;
     and the least of the differences is far above those from picture to picture nearby, which a moving camera has everywhere (the adaptive detector
-    of PySceneDetect; differs: every pair, and both measures). Cuts in the first and last 0.2 s are not looked for, and of two within 0.2 s only one
-    can be found.
+    of PySceneDetect; differs: every pair, and both measures). Not found: cuts in the first and last 0.2 s, one of two within 0.2 s, fades, and jumps
+    within a scene that stays as it looks.
     """
     if len(pictures) < 2 * CUT_FRAMES:
         return []
