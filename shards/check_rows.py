@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from tarfile import BLOCKSIZE
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +34,7 @@ class Problem:
         return f"{self.file}: {f'{self.key}: ' if self.key is not None else ''}{self.message}"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a ledger says that a member lies."""
 
     key: str
@@ -101,8 +101,9 @@ def check_rows(name: str, table: pa.Table) -> Iterator[Problem]:
     if len(digests) > 1 or any(digest is None or len(digest) != SHA256_DIGITS or set(digest) - set("0123456789abcdef") for digest in digests):
         yield Problem(file, f"its rows have {len(digests)} values of shard_sha256, of which one that is a sha256 was expected")
     keys: set[str] = set()
+    extensions = ledger.extensions(table)
     for row in table.to_pylist():
-        problem = _row_problem(row, ledger.extensions(table), split)
+        problem = _row_problem(row, extensions, split)
         if not problem and row["status"] == "ok" and row["key"] in keys:
             problem = "its key is in the ledger twice"
         if problem:
