@@ -133,7 +133,7 @@ def _spreads(index: Index, scores: Scores) -> Iterator[Spread]:
 
 def _extremes(index: Index, score: ScoreFacts) -> tuple[tuple[str, float], ...]:
     known = np.flatnonzero(np.isfinite(score.values))
-    if score.is_flag or len(known) < 2 * LISTED_EXTREMES:
+    if score.is_flag or len(known) < 2 * LISTED_EXTREMES or np.ptp(score.values[known]) == 0:
         return ()
     order = known[np.argsort(score.values[known], kind="stable")]
     ends = [*order[:LISTED_EXTREMES].tolist(), *order[-LISTED_EXTREMES:].tolist()]

@@ -49,7 +49,7 @@ def bins(values: Float[np.ndarray, "values"]) -> Bins:
     low, high = float(values.min()), float(values.max())
     is_whole = high - low < FEW and np.array_equal(values, np.round(values)) and (high > low or low <= 1)
     if is_whole:
-        edges = np.arange(low, high + 2) - 0.5
+        edges = np.arange(low, max(high, low + 5) + 2) - 0.5
     else:
         if high - low <= 1e-6 * max(abs(low), abs(high)):  # one value, in the middle
             low, high = low - 0.1 * max(abs(low), 1e-3), high + 0.1 * max(abs(high), 1e-3)
@@ -91,7 +91,8 @@ def histogram_svg(values: Float[np.ndarray, "values"], *, title: str, unit: str 
             )
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     for tick in ticks(low, high):
-        parts.append(f'<text class="middle" x="{x(tick):.1f}" y="{bottom + 26}">{tick:.6g}</text>')
+        if not found.is_whole or tick == round(tick):
+            parts.append(f'<text class="middle" x="{x(tick):.1f}" y="{bottom + 26}">{tick:.6g}</text>')
     if len(values) and values.min() < values.max():
         parts.append(_pointer(x(float(np.median(values))), top, bottom, "median"))
     return f'<svg class="curves histogram" viewBox="0 0 {WIDTH} {height}" role="img"><title>{text(title)}</title>{"".join(parts)}</svg>'

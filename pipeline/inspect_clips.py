@@ -25,7 +25,7 @@ from pipeline.isolate import Limits, call
 from pipeline.page import Sound
 from shards.dataset import INFO, read_info
 from shards.facts import ScoreFacts
-from shards.inspect import size_text
+from shards.inspect import score_text, size_text
 from shards.read import Index
 
 VISUAL, AUDIO = "avclip.npy", "avclip_audio.npy"
@@ -126,7 +126,7 @@ def _shown(index: Index, source: Source | None, scores: Sequence[ScoreFacts], cl
         codes, similarity = codes_of(index, row), similarity_of(index, row)
     except (StorageError, ValueError) as error:
         notes.append(f"What is stored cannot be read: {error}")
-    known = tuple((score.name, score_text(score, float(score.values[row]))) for score in scores if np.isfinite(score.values[row]))
+    known = tuple((score.name, _score_text(score, float(score.values[row]))) for score in scores if np.isfinite(score.values[row]))
     seconds = facts["duration_seconds"] or (len(sound.wave) / sound.sample_rate_hz if sound else 0) or 1.0
     return ShownClip(facts["key"], facts["label"], facts["split"], float(seconds), known, mp4, sound, codes, similarity, tuple(notes))
 
@@ -144,9 +144,8 @@ def _fitting(mp4: bytes, clip_bytes: int, notes: list[str]) -> bytes | None:
     return None
 
 
-def score_text(score: ScoreFacts, value: float) -> str:
-    """A value as people read it."""
-    return ("yes" if value else "no") if score.is_flag else f"{value:.4g}"
+def _score_text(score: ScoreFacts, value: float) -> str:
+    return ("yes" if value else "no") if score.is_flag else score_text(value)
 
 
 # --- loudness -----------------------------------------------------------------------------------------------------------------------------

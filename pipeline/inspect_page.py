@@ -263,7 +263,7 @@ def _clip_html(clip: ShownClip) -> str:
 def _left_html(clip: ShownClip) -> str:
     parts = []
     if clip.mp4 is not None:
-        parts.append(f'<video controls playsinline preload="metadata" src="{data_uri("video/mp4", clip.mp4)}"></video>')
+        parts.append(f'<video controls playsinline preload="auto" src="{data_uri("video/mp4", clip.mp4)}"></video>')
     if clip.similarity is not None:
         same, every = float(clip.similarity.at_offset().mean()), float(clip.similarity.cosines.mean())
         picture = similarity_svg(clip.similarity, clip.seconds, title=f"similarity of pictures and sound of {clip.key}")

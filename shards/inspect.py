@@ -123,8 +123,13 @@ def _scores(scores: facts.Scores) -> list[tuple]:
             lines.append((score.name, len(known), "", f"{known.mean():.1%} true", ""))
         else:
             quantiles = np.quantile(known, (0, 0.5, 1)).tolist() if len(known) else []
-            lines.append((score.name, len(known), *(f"{value:.4g}" for value in quantiles), *("-",) * (3 - len(quantiles))))
+            lines.append((score.name, len(known), *map(score_text, quantiles), *("-",) * (3 - len(quantiles))))
     return lines
+
+
+def score_text(value: float) -> str:
+    """Four digits; large numbers whole, without an exponent."""
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _shards(index: Index, found: ledger.Listing) -> list[tuple]:
