@@ -376,3 +376,14 @@ def test_scores_of_a_dataset_in_object_storage(features: Path, s3: S3, monkeypat
     assert sum(len(unit.rows) for unit in done) == 5 and there.equals(run(ScoreConfig(data=str(features))))
     assert read_scores(config.data).equals(read_scores(str(features)))
     assert [name for name in storage.names(config.data) if name.startswith("scores")] == ["scores.parquet"]
+
+
+@pytest.mark.usefixtures("two_scorers")
+def test_a_dataset_without_good_clips_has_an_empty_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = alone(monkeypatch)
+    create_or_check(tmp_path / "bad", new_info("features", {"made": "by program"}))
+    write_shard(tmp_path / "bad", "train-000000", [Entry("bad", "train", None, "bad.mp4", reason="no_audio", message="none")])
+    write_manifest(tmp_path / "bad")
+    monkeypatch.setattr(score, "registered", lambda: {"mean": replace(MEAN, members=(), usual=True)})
+    assert run(ScoreConfig(data=str(tmp_path / "bad"))).num_rows == 0 and not done
+    assert read_scores(str(tmp_path / "bad")).column_names == ["key", "mean", "mean.error"]
