@@ -6,7 +6,7 @@ Knows what belongs to a dataset and what must agree. Changes nothing (that is `s
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from configs import storage
 from shards import ledger, sealed
-from shards.check_files import MOST, OLD, ByShard, Told, check_info, read_by_shard, read_ledger, read_plan
-from shards.check_rows import Problem, check_columns, first, places, tar_size
+from shards.check_files import MOST, OLD, ByShard, Told, check_info, read_by_shard, read_file, read_ledger, read_plan
+from shards.check_rows import Problem, check_columns, first, places, plain, tar_size
 from shards.check_tar import Codes, check_records, check_tar
 from shards.dataset import INFO, DatasetInfo
 from shards.ledger import Listing
@@ -97,7 +97,9 @@ class Verified:
 
     @property
     def redo(self) -> list[str]:
-        """The shards that are broken."""
+        """The shards that are broken. A view has none of its own."""
+        if self.info is not None and self.info.view is not None:
+            return []
         return [name for name, shard in self.shards.items() if not shard.good]
 
     @property
@@ -127,14 +129,18 @@ def check_dataset(
     if info is not None and info.view is not None:
         verified = Verified(root, info, {}, told, files=files)
         _check_view(verified, info, workers)
+        _check_others(verified, {INFO, ledger.MANIFEST})
         return verified
     verified = Verified(root, info, {}, told, files=files)
     fingerprint = None if info is None else info.fingerprint
     verified.plan = read_plan(root, told)
     verified.manifest = _manifest(root, found, fingerprint, told)
     _check_ledgers(verified, found, fingerprint, workers)
-    _check_tars(verified, found, workers, memory, progress, begin)
-    _check_others(verified, found)
+    _check_tars(verified, found, workers, memory if info is not None else None, progress, begin)
+    if PLAN not in files:
+        told.notes.append(f"there is no {PLAN}: this was not written by a job, or its plan is lost; the same inputs give the same plan again")
+    ours = {f"{name}.{ending}" for ending, names in (("parquet", found.ledgers), ("tar", found.tars)) for name in names}
+    _check_others(verified, {INFO, PLAN, ledger.MANIFEST, *ours})
     return verified
 
 
@@ -263,19 +269,15 @@ def _check_keys(verified: Verified, keys: list[pa.ChunkedArray]) -> None:
     verified.told.problem("(all ledgers)", f"{len(twice)} keys are good in more than one place: {_some(twice)}")
 
 
-def _check_others(verified: Verified, found: Listing) -> None:
-    """What else is there."""
-    told = verified.told
-    if PLAN not in verified.files:
-        told.notes.append(f"there is no {PLAN}: this was not written by a job, or its plan is lost; the same inputs give the same plan again")
+def _check_others(verified: Verified, ours: Collection[str]) -> None:
+    """What is there beside the dataset's own files."""
+    told, others = verified.told, sorted(set(verified.files) - set(ours))
     if told.old:
         told.notes.append(f"{len(told.old)} files {OLD}: {_some(sorted(told.old))}")
-    ours = {INFO, PLAN, ledger.MANIFEST, *(f"{name}.parquet" for name in found.ledgers), *(f"{name}.tar" for name in found.tars)}
-    others = sorted(set(verified.files) - ours)
     if SCORES in others:
         others.remove(SCORES)
         try:
-            if not sealed.check(storage.read_bytes(verified.files[SCORES].path)):
+            if not sealed.check(read_file(verified.files[SCORES].path)):
                 told.notes.append(f"{SCORES} holds no hash of itself: it is not protected")
         except sealed.Damaged as error:
             told.problem(SCORES, str(error))
@@ -286,7 +288,8 @@ def _check_others(verified: Verified, found: Listing) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    shown = plain(", ".join(map(str, names[:SHOWN])))
+    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown
 
 
 # --- every byte of the tars -----------------------------------------------------------------------------------------------------------
@@ -379,7 +382,7 @@ def _check_view(verified: Verified, info: DatasetInfo, workers: int) -> None:
     """A view's rows against the ledgers of its parent. The parent's bytes are not read: it is a dataset that can be verified itself."""
     told, parent = verified.told, parent_of(verified.root, info)
     try:
-        data = storage.read_bytes(storage.join(verified.root, ledger.MANIFEST))
+        data = read_file(storage.join(verified.root, ledger.MANIFEST))
         is_sealed = sealed.check(data)
         table = sealed.rows(data)
     except FileNotFoundError:
@@ -402,9 +405,6 @@ def _check_view(verified: Verified, info: DatasetInfo, workers: int) -> None:
         told.problem(INFO, f"its parent {parent} has the fingerprint {there.fingerprint[:12]}, and the view {info.fingerprint[:12]}: make it again")
         return
     _check_view_rows(verified, table, parent, info.fingerprint, workers)
-    ours = {INFO, ledger.MANIFEST}
-    if strays := sorted(set(verified.files) - ours):
-        told.notes.append(f"{len(strays)} other files, which nothing protects: {_some(strays)}")
     told.notes.append(f"this is a view: the bytes that it shows are verified by `soundshard verify {parent}`")
 
 

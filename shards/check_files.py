@@ -101,9 +101,12 @@ class ByShard:
 def check_info(root: str, told: Told) -> DatasetInfo | None:
     """dataset.json: whether it is byte for byte what was written. None where it cannot be read."""
     try:
-        data = storage.read_bytes(storage.join(root, INFO))
+        data = read_file(storage.join(root, INFO))
     except FileNotFoundError:
         told.problem(INFO, "it is missing; copy it back, or run the job that made the dataset again, which writes it")
+        return None
+    except sealed.Damaged as error:
+        told.problem(INFO, str(error))
         return None
     try:
         info, fields = read_info(root), json.loads(data)
@@ -121,6 +124,16 @@ def check_info(root: str, told: Told) -> DatasetInfo | None:
     return info
 
 
+def read_file(path: str) -> bytes:
+    """All of a file. FileNotFoundError if there is none, Damaged where the disk does not give it."""
+    try:
+        return storage.read_bytes(path)
+    except (FileNotFoundError, storage.StorageError):
+        raise
+    except OSError as error:
+        raise sealed.Damaged(f"it cannot be read: {error.strerror}") from error
+
+
 def _old_info_bytes(info: DatasetInfo) -> bytes:
     fields = {name: value for name, value in asdict(info).items() if name != "view"}
     return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -130,7 +143,7 @@ def read_ledger(root: str, name: str, fingerprint: str | None) -> tuple[pa.Table
     """The rows of a ledger, if they can be used; what is wrong with it; and whether it holds a hash of itself."""
     file = f"{name}.parquet"
     try:
-        data = storage.read_bytes(ledger.path_of(root, name))
+        data = read_file(ledger.path_of(root, name))
         is_sealed = sealed.check(data)
         table = sealed.rows(data)
     except FileNotFoundError:
@@ -149,18 +162,17 @@ def read_ledger(root: str, name: str, fingerprint: str | None) -> tuple[pa.Table
 def read_by_shard(root: str, name: str, told: Told, columns: Sequence[str] | None = None) -> ByShard | None:
     """The manifest or plan, if it is there and whole; tells what is wrong with it."""
     try:
-        data = storage.read_bytes(storage.join(root, name))
-    except FileNotFoundError:
-        return None
-    try:
+        data = read_file(storage.join(root, name))
         is_sealed = sealed.check(data)
         file = sealed.parsed(data)
         needed: list[Any] = list(columns or [field.name for field in ledger.ROW_FIELDS])
         if lacking := [column for column in needed if column not in file.schema_arrow.names]:
             raise sealed.Damaged(f"it has no column {', '.join(lacking)}")
         found = ByShard(file, columns)
+    except FileNotFoundError:
+        return None
     except sealed.Damaged as error:
-        told.problem(name, str(error))
+        told.problem(name, f"{error}{'; remove it, and the job makes it again of the same inputs' if name == PLAN else ''}")
         return None
     if not is_sealed:
         told.old.append(name)

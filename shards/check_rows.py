@@ -4,6 +4,7 @@ Knows ledgers and how a shard is laid out. Opens nothing: the tar itself is `sha
 """
 
 import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +20,11 @@ from shards.write import EXTENSION, check_key, end_bytes
 SHA256_DIGITS = 64
 
 
+def plain(text: str) -> str:
+    """A text that can be printed, without what would move a terminal's cursor."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text.encode("utf-8", "backslashreplace").decode())
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something in a dataset that is not as it was written."""
@@ -31,7 +37,7 @@ class Problem:
 
     def text(self) -> str:
         """A line to read."""
-        return f"{self.file}: {f'{self.key}: ' if self.key is not None else ''}{self.message}"
+        return plain(f"{self.file}: {f'{self.key}: ' if self.key is not None else ''}{self.message}")
 
 
 class Place(NamedTuple):

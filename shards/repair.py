@@ -40,7 +40,9 @@ def repair(verified: Verified) -> list[str]:
 
 
 def redo(verified: Verified) -> None:
-    """Removes the broken shards, so that the job that made them makes them again."""
+    """Removes the broken shards, so that the job that made them makes them again. ValueError where it is not known what this dataset is."""
+    if verified.info is None:
+        raise ValueError(f"{verified.root}: {INFO} cannot be read, so nothing is removed; put it right first")
     for name in verified.redo:
         discard(verified.root, name)
 

@@ -138,9 +138,14 @@ def test_files_that_are_missing_or_too_many(root):
     assert any("rows of 1 shards of which neither tar nor ledger is there: train-000001" in line for line in told(root))
     storage.remove(f"{root}/{ledger.MANIFEST}")
     assert any("1 of its 4 shards are not made: train-000001; run the job again" in line for line in told(root))
-    write_files(root, whole | {"notes.txt": b"x", ".train-000000.tar.0123456789ab.tmp": b"y"})
+    write_files(root, whole | {"notes.txt": b"x", "no\udcff\x1b.bin": b"", ".train-000000.tar.0123456789ab.tmp": b"y"})
     verified = check_dataset(root)
-    assert not verified.told.problems and "notes.txt" in verified.told.notes[1] and "killed" in verified.told.notes[0]
+    assert (
+        not verified.told.problems
+        and "no\\udcff?.bin" in verified.told.notes[1]
+        and "notes.txt" in verified.told.notes[1]
+        and "killed" in verified.told.notes[0]
+    )
     write_files(root, {name: data for name, data in whole.items() if name != PLAN})
     verified = check_dataset(root)
     assert not verified.told.problems and "there is no plan.parquet" in verified.told.notes[0]
@@ -411,6 +416,8 @@ def test_a_view_is_compared_with_its_parents_ledgers(root, view, tmp_path, capsy
     storage.remove(path)
     assert told(view) == ["manifest.parquet: it is missing, and is all that there is of a view: make the view again"]
     storage.write_bytes(path, whole)
+    storage.write_bytes(f"{view}/{PLAN}", b"")
+    assert verify.main([view, "redo=true", "repair=true"]) == 0 and storage.read_bytes(path) == whole
     shutil.move(f"{root}/train-000000.tar", tmp_path)
     assert any("it has rows of train-000000, which" in line for line in told(view))
     shutil.move(root, tmp_path / "elsewhere")
