@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +18,6 @@ import webdataset
 from configs import storage
 from pipeline.generate import GenerateConfig, videos
 from pipeline.subset import SubsetConfig, choose, main, run, selection
-from shards import ledger
 from shards.dataset import create_or_check, json_bytes, new_info
 from shards.read import Index
 from shards.write import Entry, write_manifest, write_shard
@@ -347,48 +345,6 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_neither_torch_nor_ray_is_imported() -> None:
     code = "import pipeline.subset, sys; print([name for name in ('torch', 'ray', 'av', 'lightning', 'model') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-DATASETS = Path(__file__).parents[3] / "shared" / "datasets"
-
-
-@pytest.mark.skipif(not DATASETS.is_dir(), reason="the published lists are not here")
-def test_visualsound_by_the_published_lists() -> None:
-    """A VGGSound that lacks one clip in 97 and failed at one in 89: exact counts of VisualSound."""
-    keys = [(key, split) for split in ("train", "validation", "test") for key in (DATASETS / f"vggsound/vggsound_{split}.txt").read_text().split()]
-    assert len(keys) == 190_053
-    there = [clip for number, clip in enumerate(keys) if number % 97]
-    good = [number % 89 != 0 for number in range(len(there))]
-    rows = {
-        "key": [key for key, _ in there],
-        "split": [split for _, split in there],
-        "source": [f"/videos/{key}.mp4" for key, _ in there],
-        "status": ["ok" if fine else "failed" for fine in good],
-        "reason": [None if fine else "undecodable" for fine in good],
-        "duration_seconds": [10.0 if fine else None for fine in good],
-        "shard": [f"{split}-000000" for _, split in there],
-    }
-    columns = [pa.array(rows.get(field.name, [None] * len(there)), field.type) for field in ledger.ROW_FIELDS]
-    places = [pa.array(np.where(good, number, 0), pa.int64(), mask=~np.array(good)) for number in (1536, 100)]
-    schema = pa.schema([*ledger.ROW_FIELDS, pa.field("mp4.offset", pa.int64()), pa.field("mp4.size", pa.int64())])
-    index = Index("/data", INFO, pa.table([*columns, *places], schema=schema))
-    chosen = choose(index, SubsetConfig(recipe="visualsound", data="/data", out="", lists=str(DATASETS / "visualsound")))
-    published = {split: (DATASETS / f"visualsound/visualsound_{split}.txt").read_text().split() for split in ("train", "validation", "test")}
-    assert {split: len(names) for split, names in published.items()} == {"train": 77_265, "validation": 8_357, "test": 5_425}
-    fine = {key for (key, _), is_good in zip(there, good, strict=True) if is_good}
-    assert chosen.presences[0].listed == {split: len(names) for split, names in published.items()}
-    assert chosen.presences[0].present == chosen.steps[-1].clips == {split: len(fine & set(names)) for split, names in published.items()}
-    kept = {
-        (key, split)
-        for key, split, status in zip(*(chosen.table[at].to_pylist() for at in ("key", "split", "status")), strict=True)
-        if status == "ok"
-    }
-    assert kept == {(key, split) for split, names in published.items() for key in names if key in fine}
-    known = {key for key, _ in there}
-    assert [row["why"] for row in chosen.presences[0].lacking] == [
-        "failed there" if row["key"] in known else "not in the dataset" for row in chosen.presences[0].lacking
-    ]
-    assert chosen.table.num_rows == 91_047 and chosen.steps[-1].failed == 91_047 - len(kept) == len(chosen.presences[0].lacking)
 
 
 def test_everything_in_an_object_store(data: Path, tmp_path: Path, s3: S3) -> None:
