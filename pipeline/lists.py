@@ -14,6 +14,7 @@ import math
 import re
 import unicodedata
 import urllib.parse
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -191,7 +192,7 @@ def read_text(path: str) -> str:
         text = (gzip.decompress(data) if path.lower().endswith(".gz") else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file (byte {error.start} is not UTF-8); expected a list, one video or clip id a line") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked ({error}); expected what gzip writes") from error
     if text.startswith("version https://git-lfs"):
         raise ValueError(f"{path} stands for a file that Git LFS keeps elsewhere; `git lfs pull` fetches it")
@@ -443,14 +444,15 @@ def _seconds(row: Mapping[str, Any], name: str) -> float | None:
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
     """Rows of the columns that say something of a clip; others, such as the videos themselves, are not read."""
     wanted = {"key", "split", "start_seconds", "end_seconds", "start_sec", "vstart_sec", "offset_sec", *PATHS, *LABELS}
+    source = path if not storage.is_remote(path) else pa.BufferReader(storage.read_bytes(path))
     try:
-        file = pq.ParquetFile(path if not storage.is_remote(path) else pa.BufferReader(storage.read_bytes(path)))
+        file = pq.ParquetFile(source)
         columns = [name for name in file.schema_arrow.names if name in wanted]
         if not {"key", *PATHS} & set(columns):
             raise ValueError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; expected key, or one of {', '.join(PATHS)}")
         for batch in file.iter_batches(columns=columns, batch_size=1 << 16):
             yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not readable as parquet ({error})") from error
 
 
@@ -460,7 +462,7 @@ def _json_lines(path: str, text: str) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is no json ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number}: {line[:80]!r}; expected an object with a path, such as {{"filepath": ...}}')
@@ -471,7 +473,7 @@ def _json_rows(path: str, text: str, split: str) -> Iterator[ListedClip]:
     """A list of names or objects, or an object whose names are clips, such as ImageBind's scores."""
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no json ({error})") from error
     if not isinstance(found, list | dict):
         raise ValueError(f"{path} is neither a list nor an object; expected names of clips")

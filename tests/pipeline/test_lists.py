@@ -3,7 +3,9 @@
 import gzip
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -229,6 +231,23 @@ def test_a_listed_clip_is_found_by_its_start() -> None:
 def test_what_cannot_be_read_says_where(tmp_path: Path, name: str, text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         read_listing(_write(tmp_path, text, name))
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.csv.gz", "l.jsonl", "l.json", "l.parquet", "l.txt"])
+def test_damaged_lists_are_errors_of_the_user(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"url": ["a", "b"], "start_seconds": [1.0, None]}), tmp_path / name)
+    else:
+        text = {"l.jsonl": json.dumps(VAS), "l.json": '["a", {"path": "b.mp4"}]'}.get(name, ROWS).encode()
+        (tmp_path / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith("gz") else text)
+    data, random, read = (tmp_path / name).read_bytes(), Random(3), 0
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        (tmp_path / name).write_bytes(damaged[: random.choice([len(data), random.randrange(len(data))])])
+        with suppress(ValueError):
+            read += len(read_listing(str(tmp_path / name))) >= 0
+    assert read < 100
 
 
 def test_columns_that_say_nothing_of_clips(tmp_path: Path) -> None:
