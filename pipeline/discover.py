@@ -107,6 +107,9 @@ class DiscoverConfig:
     unpack: str = ""
     """Where compressed tars (.tar.gz, ...) among the inputs are unpacked to, once: a folder or prefix with room for the plain tars, which are then
     read. `none` passes over them."""
+    salvage: bool = False
+    """Take of damaged tars what can be read, and say how much in a warning, instead of refusing them. What a list names and they have lost is a row
+    `missing`; without a list it is not known."""
 
 
 def discover(config: DiscoverConfig) -> list[Clip]:
@@ -146,7 +149,7 @@ def _found(config: DiscoverConfig) -> Iterator[Clip]:
     if (is_file and tars.is_tar(source)) or (not is_file and storage.is_folder(source)):
         own = storage.join(source, "vggsound.csv")
         if config.listing == "none" or (not config.listing and (is_file or not storage.is_file(own))):
-            return (_clip(file, config.split) for file in videos_in(source, config.unpack))
+            return (_clip(file, config.split) for file in videos_in(source, config.unpack, salvage=config.salvage))
         return _listed_ids(config.listing or own, source, config)
     if not is_file:
         raise ValueError(f"source is {config.source!r}, which is no file and no folder; give a folder of videos, a video or a list of videos")
@@ -205,7 +208,9 @@ def _resolved(parent: str, line: str) -> str:
 def _listed_ids(listing: str, folder: str, config: DiscoverConfig) -> Iterator[Clip]:
     """Clips of a list, found in a folder by their names, or by their places in it where the list has those."""
     rows = read_listing(listing, split=config.split)
-    here = Folder(videos_in(folder, config.unpack), folder, places=any(row.path is not None and "/" in row.path for row in rows))
+    here = Folder(
+        videos_in(folder, config.unpack, salvage=config.salvage), folder, places=any(row.path is not None and "/" in row.path for row in rows)
+    )
     return _looked_up(rows, here, folder, listing)
 
 
@@ -231,7 +236,7 @@ def _lrs3(source: str, config: DiscoverConfig) -> Iterator[Clip]:
             f"source is {config.source!r}, which is no folder; layout=lrs3 reads pretrain|trainval|test/<speaker>/<utterance>.mp4 in one"
         )
     found: dict[str, tuple[str, str, File]] = {}
-    for file in sorted(videos_in(source, config.unpack)):
+    for file in sorted(videos_in(source, config.unpack, salvage=config.salvage)):
         name = lrs3_name(file.place)
         if name is None:
             raise ValueError(
@@ -267,7 +272,7 @@ def _greatest_hits(source: str, config: DiscoverConfig) -> Iterator[Clip]:
         raise ValueError(
             f"source is {config.source!r}, which is no folder; layout=greatest_hits reads <video>_denoised.mp4 and <video>_times.txt in one"
         )
-    files = list(videos_in(source, config.unpack))
+    files = list(videos_in(source, config.unpack, salvage=config.salvage))
     stems = sorted(without_ending(file.place.rpartition("/")[2]) for file in files)
     listing = config.listing or (source if any(split_of(name) for name in storage.names(source)) else "none")
     if listing == "none":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from configs import storage
 from pipeline import greatest_hits, tars
+from pipeline import unpack as unpacking
 from pipeline.lists import VIDEO_SUFFIXES, ListedClip, clip_ids, name_of, without_ending
 
 LISTED_ALWAYS = 1000
@@ -37,8 +38,11 @@ class File(NamedTuple):
         return self.path if self.offset is None else tars.tar_of(self.path)[1]
 
 
-def videos_in(folder: str, unpack: str) -> Iterator[File]:
-    """Videos under a folder or prefix, but for those behind a name that begins with a dot, and those in its tars; or those in one tar."""
+def videos_in(folder: str, unpack: str, *, salvage: bool = False) -> Iterator[File]:
+    """Videos under a folder or prefix, but for those behind a name that begins with a dot, and those in its tars; or those in one tar.
+
+    `salvage` takes of damaged tars what can be read.
+    """
     found_tars: list[str] = []
     if tars.is_tar(folder) and storage.is_file(folder):
         found_tars.append(folder)
@@ -51,12 +55,12 @@ def videos_in(folder: str, unpack: str) -> Iterator[File]:
                     yield File(found.path, found.size, found.version)
     else:
         yield from _local_videos(folder, found_tars)
-    yield from _tarred(sorted(found_tars), folder, unpack)
+    yield from _tarred(sorted(found_tars), folder, unpack, salvage=salvage)
 
 
-def _tarred(paths: Sequence[str], folder: str, unpack: str) -> Iterator[File]:
+def _tarred(paths: Sequence[str], folder: str, unpack: str, *, salvage: bool = False) -> Iterator[File]:
     """The videos in tars, which are unpacked first where they are compressed."""
-    packed = tars.compressed(paths)
+    packed = unpacking.compressed(paths)
     if packed and not unpack:
         raise ValueError(
             f"{len(packed)} tars in {folder} are compressed, such as {packed[0]}, and a video in one cannot be reached without unpacking all before "
@@ -65,8 +69,8 @@ def _tarred(paths: Sequence[str], folder: str, unpack: str) -> Iterator[File]:
     if packed:
         # What is unpacked may lie in the folder itself, where the next run finds it.
         plain = set(paths).difference(packed)
-        paths = sorted(plain.union([] if unpack == "none" else tars.unpacked(packed, storage.absolute(unpack))))
-    for tar, members in tars.listed(paths) if paths else ():
+        paths = sorted(plain.union([] if unpack == "none" else unpacking.unpacked(packed, storage.absolute(unpack), salvage=salvage)))
+    for tar, members in tars.listed(paths, salvage=salvage) if paths else ():
         for video in members:
             yield File(tars.source_of(tar.path, video.member), video.size, tar.version, video.offset)
 

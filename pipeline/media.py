@@ -54,7 +54,8 @@ __all__ = [
 def fetched(clip: Clip | str) -> str | bytes:
     """A clip, or a video by its path, as the decoder takes it: a local file's path, the bytes of an object or of a member of a tar.
 
-    Raises MediaError: `missing`, `empty`, `unreadable` (also a tar that was replaced since its videos were listed), `io` if storage fails.
+    Raises MediaError: `missing`, `empty`, `truncated` (a tar that ends inside it), `unreadable` (also a tar that was replaced since its videos were
+    listed), `io` if storage fails.
     """
     source = clip if isinstance(clip, str) else clip.source
     offset = None if isinstance(clip, str) else clip.offset
@@ -72,6 +73,8 @@ def fetched(clip: Clip | str) -> str | bytes:
         raise MediaError("missing", f"{source} is not there") from error
     except StorageError as error:
         raise MediaError("io", str(error)) from error
+    except tars.TruncatedTar as error:
+        raise MediaError("truncated", str(error)) from error
     except tars.ReplacedTar as error:
         raise MediaError("unreadable", str(error)) from error
     except OSError as error:

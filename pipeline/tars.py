@@ -1,27 +1,25 @@
-"""Videos inside tar files: where each one lies, so that it is read by its range of bytes and nothing is unpacked; compressed tars, which must be.
+"""Videos inside tar files: where each one lies, so that it is read by its range of bytes and nothing is unpacked.
 
 Knows tar headers, and files by their paths, local or in object storage. Knows no lists, no clips and no media, and imports little: planning does.
+Compressed tars are `pipeline.unpack`'s matter.
 
 Headers are read one after the other, payloads are skipped: a part of 25 GB costs some MB. POSIX (ustar and pax), GNU and the oldest tars are
 understood, hard and symbolic links inside a tar, and several tars in one file. What a damaged file may have lost cannot be told, so damage is an
-error and never a shorter list.
+error and not a shorter list, unless `salvage` asks for what there is: one part of VGGSound's public copy, for one, is damaged where it is published.
 """
 
-import bz2
 import hashlib
 import json
 import logging
-import lzma
 import os
 import posixpath
 import re
 import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -36,6 +34,8 @@ INSIDE = "::"
 HIDDEN = re.compile(r"(?:^|/)\.(?!\./)")
 BLOCK = 512
 ZEROS = bytes(BLOCK)
+MAGIC, MAGIC_PLACE = b"ustar", 257
+"""What headers of all but the oldest tars have, and where."""
 SPACE = ord(" ")
 OCTAL = re.compile(rb"[0-7]+")
 RECORD = 20 * BLOCK
@@ -48,19 +48,10 @@ MOST_LINKS = 8
 LISTING_THREADS = 32
 KEPT_MEMBERS = 256
 """Lists at least this long are kept in the cache folder: headers lie a seek or a request apart."""
-UNPACKING_THREADS = 8
-PIECE_BYTES = 8 << 20
-FED_BYTES = 1 << 20
-"""Decompressed at once: what it may become is bounded."""
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"(\xb5/\xfd": "zstd"}
 """How compressed files begin, whatever they are called."""
 REGULAR, HARD_LINK, LINK, EMPTY_KINDS = b"0", b"1", b"2", b"3456"
 LONG_NAME, LONG_LINK, EXTENDED, EXTENDED_FOR_ALL, SPARSE, CONTINUED = b"L", b"K", b"x", b"g", b"S", b"M"
-DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    "gzip": lambda: zlib.decompressobj(wbits=31),
-    "bzip2": bz2.BZ2Decompressor,
-    "xz": lzma.LZMADecompressor,
-}
 log = logging.getLogger(__name__)
 
 
@@ -75,6 +66,14 @@ class TarVideo(NamedTuple):
 
 class ReplacedTar(ValueError):  # noqa: N818 - what it is called says what was found
     """A tar that is not the one in which a member was found."""
+
+
+class TruncatedTar(ValueError):  # noqa: N818 - as above
+    """A tar that ends inside a member."""
+
+
+class Stopped(Exception):  # noqa: N818 - as above
+    """What is being read is not wanted any more: another file of the same call has failed, or the caller has gone."""
 
 
 # --- names ----------------------------------------------------------------------------------------------------------------------------
@@ -102,45 +101,56 @@ def tar_of(source: str) -> tuple[str, str]:
 # --- what a tar holds -----------------------------------------------------------------------------------------------------------------
 
 
-def videos(path: str) -> Iterator[TarVideo]:
+def videos(path: str, *, salvage: bool = False) -> Iterator[TarVideo]:
     """The videos of one plain tar, in its order, links last; names that begin with a dot are passed over, as in folders.
 
     A link has the bytes that it leads to, none (size 0) where it leads nowhere. FileNotFoundError if there is no such file; ValueError, once it is
-    reached, for what is compressed, truncated, damaged or no tar.
+    reached, for what is compressed, truncated, damaged or no tar. `salvage` goes on after damage with the next header that there is, and says so in
+    the log; a video that the file's end cuts is listed as its header has it.
     """
-    found = storage.stat(path)
-    if found is None:
-        raise FileNotFoundError(2, "no such file", path)
-    with _File(found, threading.Event()) as file:
+    with _File(stat_of(path), threading.Event(), salvage=salvage) as file:
         yield from _videos(file)
+        _warn(file)
 
 
-def listed(paths: Sequence[str]) -> Iterator[tuple[Stat, list[TarVideo]]]:
+def listed(paths: Sequence[str], *, salvage: bool = False) -> Iterator[tuple[Stat, list[TarVideo]]]:
     """Many tars as they are now, each with its videos, in the order given; several are read at a time. Raises what `videos` raises.
 
-    Lists of large tars are kept in the cache folder, by path, size and version.
+    Lists of large tars without damage are kept in the cache folder, by path, size and version.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         try:
-            found = pool.map(partial(_listed, stop=stop), paths)
-            yield from tqdm(found, total=len(paths), desc="tar headers", unit="tar", delay=5.0, mininterval=_interval())
+            found = pool.map(partial(_listed, stop=stop, salvage=salvage), paths)
+            yield from tqdm(found, total=len(paths), desc="tar headers", unit="tar", delay=5.0, mininterval=drawing_seconds())
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def _listed(path: str, *, stop: threading.Event) -> tuple[Stat, list[TarVideo]]:
+def stat_of(path: str) -> Stat:
+    """Size and version of a file. FileNotFoundError if there is none."""
     found = storage.stat(path)
     if found is None:
         raise FileNotFoundError(2, "no such file", path)
+    return found
+
+
+def drawing_seconds() -> float:
+    """Seconds between two drawings of a bar: a log file gets few."""
+    return 0.5 if sys.stderr.isatty() else 30.0
+
+
+def _listed(path: str, *, stop: threading.Event, salvage: bool) -> tuple[Stat, list[TarVideo]]:
+    found = stat_of(path)
     name = hashlib.sha256(f"{path} {found.size} {found.version}".encode(errors="surrogateescape")).hexdigest()[:32]
     kept = storage.cache_dir() / "tars" / f"{name}.json"
     if (known := _known(kept)) is not None:
         return found, known
-    with _File(found, stop) as file:
+    with _File(found, stop, salvage=salvage) as file:
         members = list(_videos(file))
-    if file.headers >= KEPT_MEMBERS:
+    _warn(file)
+    if file.headers >= KEPT_MEMBERS and not file.damage:
         try:
             storage.write_bytes(kept, json.dumps(members).encode())
         except OSError as error:
@@ -152,17 +162,19 @@ def _known(kept: os.PathLike) -> list[TarVideo] | None:
     return [TarVideo(*video) for video in json.loads(storage.read_bytes(kept))] if storage.is_file(kept) else None
 
 
-def _interval() -> float:
-    """Seconds between two drawings of a bar: a log file gets few."""
-    return 0.5 if sys.stderr.isatty() else 30.0
+def _warn(file: "_File") -> None:
+    for what in file.damage:
+        log.warning("%s; what can be read of it is taken", what)
 
 
 class _File:
     """A file's bytes by position, read a window at a time until `stop` is set."""
 
-    def __init__(self, found: Stat, stop: threading.Event) -> None:
+    def __init__(self, found: Stat, stop: threading.Event, *, salvage: bool) -> None:
         self.path, self.size = found.path, found.size
         self.headers = 0
+        self.damage: list[str] = []
+        self._salvage = salvage
         self._found, self._stop = found, stop
         self._start, self._data = 0, b""
         self._local = None if storage.is_remote(found.path) else os.open(found.path, os.O_RDONLY)
@@ -186,10 +198,28 @@ class _File:
         if end <= start:
             return b""
         if self._stop.is_set():
-            raise _StoppedError
+            raise Stopped
         if self._local is None:
             return bytes(storage.read_range(self._found, start, end, stop=self._stop))
         return os.pread(self._local, end - start, start)
+
+    def damaged(self, what: str) -> None:
+        """Note damage. ValueError unless what is left is to be salvaged."""
+        if not self._salvage:
+            raise ValueError(f"{self.path} {what}; fetch it again, or salvage=true takes what can be read of it")
+        self.damage.append(f"{self.path} {what}")
+
+    def next_header(self, at: int) -> int:
+        """The first block from `at` on that begins a member, by its magic number and its checksum; the file's end if there is none."""
+        for start in range(at, self.size, SCAN_BYTES):
+            data = self._range(start, min(start + SCAN_BYTES, self.size))
+            place = data.find(MAGIC)
+            while place >= 0:
+                block, inside = divmod(place, BLOCK)
+                if inside == MAGIC_PLACE and _header(data[block * BLOCK : (block + 1) * BLOCK]) is not None:
+                    return start + block * BLOCK
+                place = data.find(MAGIC, place + 1)
+        return self.size
 
     def next_data(self, at: int) -> int | None:
         """The first block from `at` on that is not all zeros; None if there is none."""
@@ -256,26 +286,33 @@ def _entries(file: _File) -> Iterator[_Entry]:
             after = file.next_data(at)
             if after is None:
                 if at == 0 and file.size > RECORD:
-                    raise ValueError(f"{file.path} holds nothing but zeros; fetch it again")
+                    file.damaged("holds nothing but zeros")
                 return
             at, block = after, file.read(after, after + BLOCK)
         header = _header(block)
         if header is None:
-            raise _damaged(file, at)
+            file.damaged(f"is damaged: after {file.headers} headers the next one should be at byte {at}, and it is not; what it told of is not known")
+            at, more = file.next_header(at), {}
+            continue
         file.headers += 1
         start, size = at + BLOCK, int(more.get("size", header.size))
         stored = 0 if header.kind in (HARD_LINK, LINK) or header.kind in EMPTY_KINDS else size
         at = start + -(-stored // BLOCK) * BLOCK
         if start + stored > file.size:
-            raise ValueError(
-                f"{file.path} ends at byte {file.size}, inside {header.name}, which goes on to byte {start + stored}: it is truncated, and what came "
-                "after that is not known; fetch it again"
+            name = more.get("path", header.name)
+            file.damaged(
+                f"is truncated: it ends at byte {file.size}, inside {name}, which goes on to byte {start + stored}; what came after is not known"
             )
+            if header.kind in (LONG_NAME, LONG_LINK, EXTENDED):
+                return
         if header.kind in (LONG_NAME, LONG_LINK):
             name = "path" if header.kind == LONG_NAME else "linkpath"
             more[name] = _text(file.read(start, start + size).partition(b"\0")[0])
         elif header.kind == EXTENDED:
-            more |= _records(file.read(start, start + size), file, start)
+            records = _records(file.read(start, start + size))
+            if records is None:
+                file.damaged(f"is damaged: the extended header at byte {start} is none; what it told of is not known")
+            more |= records or {}
         elif header.kind == CONTINUED:
             raise ValueError(f"{file.path} begins with the rest of {header.name}, which another volume of this tar begins; make it in one volume")
         else:
@@ -284,34 +321,34 @@ def _entries(file: _File) -> Iterator[_Entry]:
                 name, link = more.get("path", header.name), more.get("linkpath", header.link)
                 yield _Entry(name, header.kind, size, link, start, sparse)
             more = {} if header.kind != EXTENDED_FOR_ALL else more
-    raise ValueError(
-        f"{file.path} ends at byte {file.size} without the zeros that end a tar: it is truncated, and what came after is not known; fetch it again, "
-        f"or if it is whole, `head -c 1024 /dev/zero >> {file.path}` ends it"
-    )
+    if not file.damage:
+        file.damaged(
+            f"is truncated: it ends at byte {file.size} without the zeros that end a tar; what came after is not known (if it is whole, "
+            f"`head -c 1024 /dev/zero >> {file.path}` ends it)"
+        )
 
 
 def _check_kind(file: _File) -> None:
     """ValueError for a file that is no plain tar, from how it begins."""
     start = file.read(0, BLOCK)
-    if kind := _compression(start):
+    if kind := compression(start):
         raise ValueError(
             f"{file.path} is compressed ({kind}), and a video in it cannot be reached without unpacking all before it; unpack=FOLDER writes the "
             "plain tar there, once"
         )
-    if len(start) < BLOCK or (start != ZEROS and _header(start) is None):
+    if len(start) < BLOCK or (not is_start(start) and file.next_header(0) == file.size):
         what = "has 0 bytes" if not start else f"is no tar: it begins with {start[:16]!r}"
         raise ValueError(f"{file.path} {what}; fetch it again, or give it another name if it is something else")
 
 
-def _damaged(file: _File, at: int) -> ValueError:
-    return ValueError(
-        f"{file.path} is damaged: after {file.headers} headers, the next one should be at byte {at}, and there is none. What came after that is not "
-        "known; fetch it again"
-    )
-
-
-def _compression(start: bytes) -> str | None:
+def compression(start: bytes) -> str | None:
+    """What a file that begins so is compressed with; None if it is not."""
     return next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
+
+
+def is_start(start: bytes) -> bool:
+    """Whether a plain tar begins so."""
+    return start[:BLOCK] == ZEROS or _header(start[:BLOCK]) is not None
 
 
 def _header(block: bytes) -> _Header | None:
@@ -343,18 +380,16 @@ def _number(field: bytes) -> int | None:
     return (int(digits, 8) if OCTAL.fullmatch(digits) else None) if digits else 0
 
 
-def _records(data: bytes, file: _File, start: int) -> dict[str, str]:
-    """A pax header's `length name=value` lines."""
+def _records(data: bytes) -> dict[str, str] | None:
+    """A pax header's `length name=value` lines; None if it has others."""
     found, at = dict[str, str](), 0
     while at < len(data) and data[at]:
         match = re.compile(rb"(\d{1,12}) ([^=]+)=").match(data, at)
         if match is None or data[at + int(match[1]) - 1 : at + int(match[1])] != b"\n":
-            raise _damaged(file, start + at)
+            return None
         found[_text(match[2])] = _text(data[match.end() : at + int(match[1]) - 1])
         at += int(match[1])
-    if not re.fullmatch(r"\d+", found.get("size", "0")):
-        raise _damaged(file, start)
-    return found
+    return found if re.fullmatch(r"\d+", found.get("size", "0")) else None
 
 
 def _text(name: bytes) -> str:
@@ -367,149 +402,13 @@ def _text(name: bytes) -> str:
 def member_bytes(source: str, offset: int, size: int) -> bytes:
     """The bytes of a member (`PATH.tar::MEMBER`) that lies at `offset`, with one reading.
 
-    FileNotFoundError if there is no such tar, ReplacedTar where it is another one now: the header before the bytes is read with them.
+    FileNotFoundError if there is no such tar, TruncatedTar where it ends before they do, ReplacedTar where it is another one now: the header before
+    the bytes is read with them.
     """
     path, member = tar_of(source)
     data = storage.read_bytes(path, offset - BLOCK, offset + size)
-    header = _header(data[:BLOCK])
-    if header is None or len(data) != BLOCK + size:
-        raise ReplacedTar(f"{path} does not have {member} at byte {offset} any more: it was replaced or cut short since it was listed")
+    if _header(data[:BLOCK]) is None:
+        raise ReplacedTar(f"{path} does not have {member} at byte {offset} any more: it was replaced since it was listed")
+    if len(data) < BLOCK + size:
+        raise TruncatedTar(f"{path} has {len(data) - BLOCK} of the {size} bytes of {member}: the tar ends there")
     return data[BLOCK:]
-
-
-# --- compressed tars ------------------------------------------------------------------------------------------------------------------
-
-
-def compressed(paths: Sequence[str]) -> list[str]:
-    """Those of the files that are compressed, by how they begin: a name may say otherwise."""
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        kinds = list(pool.map(_kind, paths))
-    return [path for path, kind in zip(paths, kinds, strict=True) if kind]
-
-
-def _kind(path: str) -> str:
-    return _compression(storage.read_bytes(path, 0, 8)) or ""
-
-
-def unpacked(paths: Sequence[str], folder: str) -> list[str]:
-    """Plain tars for all of these, in the same order: those that are plain as they are, compressed ones (gzip, bzip2, xz) written to `folder`, once.
-
-    Several are unpacked at a time, each appears whole or not at all, and one that is there from an earlier call stays if the compressed file is the
-    same still. ValueError for a file that is damaged or no compressed tar; those that are finished by then are kept.
-    """
-    common = posixpath.commonprefix([f"{storage.parent(path)}/" for path in paths]).rpartition("/")[0] + "/"
-    plain: list[str] = []
-    packed: list[tuple[Stat, str]] = []
-    for path in paths:
-        found = storage.stat(path)
-        if found is None:
-            raise FileNotFoundError(2, "no such file", path)
-        if not _kind(path):
-            plain.append(path)
-        else:
-            plain.append(storage.join(folder, _plain_name(path.removeprefix(common))))
-            packed.append((found, plain[-1]))
-    if len(set(plain)) < len(plain):
-        twice = next(path for path in plain if plain.count(path) > 1)
-        raise ValueError(f"{twice} would be the place of several files; unpack them with one call each, to folders of their own")
-    _unpack_all([(found, target) for found, target in packed if not _is_unpacked(found, target)])
-    return plain
-
-
-def _plain_name(name: str) -> str:
-    ending = next((suffix for suffix in PACKED_SUFFIXES if name.lower().endswith(suffix)), ".tar" if name.lower().endswith(".tar") else "")
-    return name[: len(name) - len(ending)] + ".tar"
-
-
-def _note(target: str) -> str:
-    """Beside a tar that was unpacked: what from."""
-    return f"{target}.from.json"
-
-
-def _told(found: Stat) -> dict[str, Any]:
-    return {"source": found.path, "size": found.size, "version": found.version}
-
-
-def _is_unpacked(found: Stat, target: str) -> bool:
-    """Whether `target` was made of this very file. One that was made of another is removed: its note must not outlive it, nor it its note."""
-    there = storage.is_file(target)
-    try:
-        told = json.loads(storage.read_bytes(_note(target)))
-    except FileNotFoundError:
-        if there:
-            raise ValueError(f"{target} is there, and nothing says what it was unpacked from; remove it, or give it as source itself") from None
-        told = None
-    if there and told == _told(found):
-        return True
-    if there:
-        storage.remove(target)
-    storage.write_bytes(_note(target), json.dumps(_told(found)).encode())
-    return False
-
-
-def _unpack_all(plan: Sequence[tuple[Stat, str]]) -> None:
-    if not plan:
-        return
-    total = sum(found.size for found, _ in plan)
-    stop = threading.Event()
-    with tqdm(total=total, desc="unpack", unit="B", unit_scale=True, mininterval=_interval()) as bar, ThreadPoolExecutor(UNPACKING_THREADS) as pool:
-        running = [pool.submit(_unpack, found, target, bar, stop) for found, target in plan]
-        try:
-            wait(running, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()  # what is left of them when one has failed, or on Ctrl-C, ends at its next piece
-        errors = [future.exception() for future in running]
-    told = [error for error in errors if error is not None and not isinstance(error, _StoppedError)]
-    if told:
-        raise told[0]
-
-
-class _StoppedError(Exception):
-    """What this is for is not wanted any more: another file of the same call has failed, or the caller has gone."""
-
-
-def _unpack(found: Stat, target: str, bar: tqdm, stop: threading.Event) -> None:
-    storage.remove_stale(target)
-    pieces = _decompressed(found, bar, stop)
-    start = b""
-    while len(start) < BLOCK and (piece := next(pieces, b"")):
-        start += piece
-    if start[:BLOCK] != ZEROS and _header(start[:BLOCK]) is None:
-        raise ValueError(f"{found.path} is compressed, but there is no tar in it: it begins with {start[:16]!r}")
-    with storage.writing(target) as out:
-        out.write(start)
-        for piece in pieces:
-            out.write(piece)
-    kind, _, time = found.version.partition(":")
-    if kind == "mtime" and not storage.is_remote(target):
-        os.utime(target, ns=(int(time), int(time)))  # so that unpacked anew, after a scratch disk was emptied, it is the same input
-
-
-def _decompressed(found: Stat, bar: tqdm, stop: threading.Event) -> Iterator[bytes]:
-    """A compressed file's content in pieces; several streams one after the other are one, as the tools have it."""
-    kind = _kind(found.path)
-    if kind not in DECOMPRESSORS:
-        raise ValueError(f"{found.path} is compressed ({kind}), which cannot be unpacked here; unpack it with that tool and give the plain tar")
-    machine = DECOMPRESSORS[kind]()
-    for at in range(0, found.size, PIECE_BYTES):
-        read = memoryview(storage.read_bytes(found.path, at, min(at + PIECE_BYTES, found.size)))
-        for begin in range(0, len(read), FED_BYTES):
-            data = bytes(read[begin : begin + FED_BYTES])
-            while data:
-                if stop.is_set():
-                    raise _StoppedError
-                if machine.eof:
-                    data = data.lstrip(b"\0")  # what some writers fill up with
-                    if not data:
-                        break
-                    machine = DECOMPRESSORS[kind]()
-                try:
-                    piece = machine.decompress(data)
-                except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
-                    raise ValueError(f"{found.path} is damaged before byte {at + begin + FED_BYTES} ({error}); fetch it again") from error
-                data = machine.unused_data if machine.eof else b""
-                if piece:
-                    yield piece
-        bar.update(len(read))
-    if not machine.eof:
-        raise ValueError(f"{found.path} is truncated: its {kind} stream goes on after byte {found.size}; fetch it again")

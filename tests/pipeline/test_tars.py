@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from configs import storage
-from pipeline import tars
+from pipeline import tars, unpack
 from pipeline.decode import MediaError
 from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.encode import EncodeConfig
@@ -25,7 +26,8 @@ from pipeline.isolate import Limits
 from pipeline.media import fetched
 from pipeline.plan import Changes, Options, Plan, settle_here
 from pipeline.reencode import encode_clip, media_entry
-from pipeline.tars import TarVideo, compressed, listed, member_bytes, source_of, tar_of, unpacked, videos
+from pipeline.tars import TarVideo, listed, member_bytes, source_of, tar_of, videos
+from pipeline.unpack import compressed, unpacked
 from shards.dataset import create_or_check, new_info
 from shards.write import Entry, write_shard
 from tests.pipeline.clips import make_clip
@@ -162,6 +164,10 @@ def test_damage_is_an_error_or_changes_nothing() -> None:
         else:
             intact += 1
             assert found == expected, (kind, at)
+        if kind < 3 and at >= 512:  # of what can be read nothing is lost; what is cut at the end is listed as it was
+            salvaged = list(videos("t.tar", salvage=True))
+            there = [video for video in expected if video.offset <= at] if kind == 2 else expected
+            assert set(salvaged) <= set(there) and len(salvaged) >= len(there) - (kind < 2)
     assert intact > 100 and len(told) >= 4 and all(text.startswith("t.tar ") and "fetch it again" in text for text in told)
 
 
@@ -312,7 +318,7 @@ def test_a_tar_that_changed_since_it_was_listed_is_told() -> None:
     write_tar("t.tar", ["a.mp4", "b.mp4"])
     clips = {clip.key: clip for clip in discover(DiscoverConfig("t.tar"))}
     whole = Path("t.tar").read_bytes()
-    for data, reason in [(whole[:1700], "unreadable"), (b"another" * 3000, "unreadable"), (None, "missing")]:
+    for data, reason in [(whole[:1700], "truncated"), (b"another" * 3000, "unreadable"), (None, "missing")]:
         Path("t.tar").unlink()
         if data is not None:
             Path("t.tar").write_bytes(data)
@@ -354,15 +360,16 @@ def test_compressed_tars_are_unpacked_once() -> None:
 def test_what_changed_or_was_interrupted_is_unpacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = packed("in/p1.tar.gz"), packed("in/p2.tgz", ["c.mp4"])
     paths = ["in/p1.tar.gz", "in/p2.tgz"]
-    real = tars._decompressed
+    real = unpack._Work._pieces
 
-    def stopping(found: storage.Stat, *arguments: Any) -> Any:
-        if found.path.endswith("p2.tgz"):
+    def stopping(work: unpack._Work, *arguments: Any) -> Any:
+        if work.found.path.endswith("p2.tgz"):
             raise KeyboardInterrupt
-        return real(found, *arguments)
+        return real(work, *arguments)
 
+    unpacked(paths[:1], "out")
     with monkeypatch.context() as patched:
-        patched.setattr(tars, "_decompressed", stopping)
+        patched.setattr(unpack._Work, "_pieces", stopping)
         with pytest.raises(KeyboardInterrupt):
             unpacked(paths, "out")
     assert Path("out/p1.tar").read_bytes() == one and not Path("out/p2.tar").exists()
@@ -385,6 +392,7 @@ def test_compressed_tars_that_are_damaged_or_none_are_told_and_leave_nothing() -
     packed("good.tar.gz")
     packed("bad.tar.gz", [f"{n}.mp4" for n in range(40)])
     data = bytearray(Path("bad.tar.gz").read_bytes())
+    unpacked(["good.tar.gz"], "out")
     for what, message in [(data[:-5], "truncated"), (data[: len(data) // 2], "truncated"), (data[:5000] + b"\xff" * 9 + data[5009:], "damaged")]:
         Path("bad.tar.gz").write_bytes(what)
         with pytest.raises(ValueError, match=rf"bad\.tar\.gz is {message}"):
@@ -408,6 +416,37 @@ def test_a_tar_of_someone_elses_is_not_written_over() -> None:
     with pytest.raises(ValueError, match=r"would be the place of several files"):
         unpacked(["x/p.tar.gz", "x/p.tgz"], "new")
     assert unpacked(["x/p.tgz", "in/p.tar.gz"], "new") == ["new/x/p.tar", "new/in/p.tar"]
+
+
+def test_of_damaged_parts_what_can_be_read_is_taken_if_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"{letter * 11}_000010.mp4" for letter in "abcdefgh"]
+    whole = bytearray(write_tar("in/vggsound_00.tar", names[:5]))
+    lost = list(videos("in/vggsound_00.tar"))[1].offset
+    whole[lost - 400] ^= 1  # in a header
+    Path("in/vggsound_00.tar").write_bytes(whole)
+    data = write_tar("plain.tar", names[5:])
+    at = list(videos("plain.tar"))[2].offset
+    stored = zlib.compressobj(0, wbits=31)  # not made smaller, as videos are not
+    Path("in/vggsound_01.tar.gz").write_bytes((stored.compress(data) + stored.flush())[: at + 100])
+    Path("in/vggsound.csv").write_text("".join(f"{letter * 11},10,x,train\n" for letter in "abcdefgh"))
+    with pytest.raises(ValueError, match=r"vggsound_01\.tar\.gz is truncated: .*fetch it again, or salvage=true takes what comes before"):
+        discover(DiscoverConfig("in", unpack="out"))
+    Path("in/vggsound_01.tar.gz").rename("01.tar.gz")
+    with pytest.raises(ValueError, match=r"vggsound_00\.tar is damaged: after 1 headers .* or salvage=true takes what can be read of it"):
+        discover(DiscoverConfig("in"))
+    Path("01.tar.gz").rename("in/vggsound_01.tar.gz")
+    clips: list[Clip] = []
+    for _ in range(2):
+        caplog.clear()
+        clips = discover(DiscoverConfig("in", unpack="out", salvage=True))
+        assert {clip.key[0]: clip.reason for clip in clips} == dict.fromkeys("acdefgh") | {"b": "missing"}
+        assert "vggsound_00.tar is damaged" in caplog.text and "vggsound_01.tar.gz is truncated" in caplog.text and "inside hhhhh" in caplog.text
+    good = {clip.key[0]: clip for clip in clips if clip.reason is None}
+    assert [fetched(good[letter]) for letter in "acdefg"] == [content(n) for n in (1, 3, 4, 5, 1, 2)]
+    with pytest.raises(MediaError, match=r"truncated: .* of the 411 bytes of hhhhh"):
+        fetched(good["h"])
+    with pytest.raises(ValueError, match=r"vggsound_01\.tar\.gz is truncated"):
+        discover(DiscoverConfig("in", unpack="out"))
 
 
 def test_a_folder_of_compressed_parts_asks_where_to_unpack_them() -> None:
