@@ -177,7 +177,8 @@ def read_listing(path: str, *, split: str = "train") -> list[ListedClip]:
         return list(_records(path, _json_lines(path, text), split, first=1, unit="line"))
     if kind.endswith(".json"):
         return list(_json_rows(path, text, split))
-    return [_named(line, split) for line in lines_of(text)]
+    plain = PLAIN_KEY.fullmatch
+    return [ListedClip(line, line, None, split) if plain(line) else _named(line, split) for line in lines_of(text)]
 
 
 def is_table(path: str) -> bool:
@@ -326,7 +327,8 @@ def _vggsound_row(row: list[str], split: str) -> ListedClip | None:
 def _vggsound(youtube_id: str, start: str, label: str, split: str) -> ListedClip:
     start_ms = int(start) * 1000
     clip_id = f"{youtube_id}_{start_ms}"
-    return ListedClip(clip_id, key_of(f"{clip_id}_{start_ms + VGGSOUND_SECONDS * 1000}"), label.strip() or None, split)
+    key = f"{clip_id}_{start_ms + VGGSOUND_SECONDS * 1000}"
+    return ListedClip(clip_id, key if PLAIN_KEY.fullmatch(key) else key_of(key), label.strip() or None, split)
 
 
 def _audioset_row(row: list[str], split: str) -> ListedClip | None:
