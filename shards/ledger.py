@@ -29,7 +29,8 @@ MERGED = b"soundshard.merged"
 READERS = 16
 """Threads that read ledgers ahead; each ledger is small, and reading it from afar is mostly waiting."""
 MANIFEST_GROUP_ROWS = 1 << 13
-"""Rows after which a manifest's row group ends, with the shard that it is in. A ledger in memory is mostly overhead: 60 KB for 14 rows."""
+"""Rows after which a row group of a manifest or view ends; a manifest's with the shard that it is in. Ledgers in memory are mostly overhead, 60 KB
+for 14 rows; groups are not, and rows can be chosen from them one after the other."""
 ROW_FIELDS = [
     pa.field("key", pa.string()),
     pa.field("split", pa.string()),
@@ -117,7 +118,7 @@ def content(table: pa.Table) -> memoryview:
     """The file that a ledger is."""
     buffer = io.BytesIO()
     with writer(buffer, table.schema) as file:
-        file.write_table(table, row_group_size=1 << 20)
+        file.write_table(table, row_group_size=MANIFEST_GROUP_ROWS)
     return buffer.getbuffer()
 
 

@@ -263,13 +263,14 @@ def _load(root: str, info: DatasetInfo, split: str | None) -> pa.Table:
     _check_keys(root, info, pa.chunked_array(keys, pa.string()))
     if split is not None and split not in splits:
         raise ValueError(f"{root} has no split {split!r}; it has {', '.join(sorted(splits)) or 'no rows at all: no shard of it is finished'}")
-    return kept[0] if len(kept) == 1 else ledger.merge(kept, info.fingerprint)
+    alike = kept and all(rows.schema == kept[0].schema for rows in kept)
+    return pa.concat_tables(kept) if alike else ledger.merge(kept, info.fingerprint)
 
 
 def _rows(root: str, info: DatasetInfo) -> Iterator[pa.Table]:
-    """A dataset's rows, some thousand at a time: with all in one place, choosing from them would take them twice. A view's, which are chosen."""
+    """A dataset's rows, some thousand at a time: with all in one place, choosing from them would take them twice."""
     if info.view is not None:
-        yield _load_view(root, info)
+        yield from _view_rows(root, info)
         return
     found = ledger.listing(root)
     manifest = ledger.open_manifest(root, found, info.fingerprint)
@@ -293,7 +294,7 @@ def parent_of(root: str, info: DatasetInfo) -> str:
     return storage.join(storage.parent(storage.absolute(root)), parent.removeprefix("../")) if parent.startswith("../") else parent
 
 
-def _load_view(root: str, info: DatasetInfo) -> pa.Table:
+def _view_rows(root: str, info: DatasetInfo) -> Iterator[pa.Table]:
     """A view's rows, once it is certain that the parent's shards are those that they were taken from."""
     parent = parent_of(root, info)
     try:
@@ -304,10 +305,10 @@ def _load_view(root: str, info: DatasetInfo) -> pa.Table:
         differing = "".join(f"\n  {name}: {was!r} in the view, {now!r} there" for name, was, now in differences(info, there))
         raise DatasetMismatch(f"{root} is a view of {parent}, which was made anew with another spec; make the view again{differing}")
     try:
-        table = ledger.read(storage.join(root, ledger.MANIFEST), fingerprint=info.fingerprint)
+        file = ledger.open_file(storage.join(root, ledger.MANIFEST), fingerprint=info.fingerprint)
     except FileNotFoundError as error:
         raise ValueError(f"{root} is a view, and its {ledger.MANIFEST} is missing; make the view again") from error
-    used = _shards_of([table])
+    used = _shards_of(map(pa.Table.from_batches, _each(file, ["shard", "shard_sha256"])))
     now = _shards_now(parent, info.fingerprint, used.keys())
     changed = sorted(name for name, digest in used.items() if now.get(name) != digest)
     if changed:
@@ -315,7 +316,7 @@ def _load_view(root: str, info: DatasetInfo) -> pa.Table:
             f"{root} is a view of {parent}, in which {len(changed)} of its {len(used)} shards are gone or were written anew since, for example "
             f"{changed[0]}; make the view again ({'; '.join(info.view['selection']) if info.view else ''})"
         )
-    return table
+    yield from map(file.read_row_group, range(file.num_row_groups))
 
 
 def _shards_now(root: str, fingerprint: str, wanted: Collection[str]) -> dict[str, str]:

@@ -29,13 +29,13 @@ class Source:
         """What is read of all rows, in bytes."""
         self._fetch, self._reader, self._remote = fetch or FetchConfig(), None, storage.is_remote(index.root)
         self._fetch.check()
-        self._ranges, self._range_of = self._cut_ranges(storage.PART_BYTES)
+        self._block_bytes, self._cut = storage.PART_BYTES, None
 
     def blocks(self, block_bytes: int) -> np.ndarray:
         """The block of every row in `rows`, counted from 0: runs of a shard of this many bytes."""
         shard, block = self.index.shard_of[self.rows], self._members[0].offset[self.rows] // max(1, block_bytes)
         self.begin()
-        self._ranges, self._range_of = self._cut_ranges(block_bytes)
+        self._block_bytes, self._cut = block_bytes, None
         return _runs((np.diff(shard) != 0) | (np.diff(block) != 0))
 
     def ahead(self, rows: np.ndarray) -> None:
@@ -67,6 +67,20 @@ class Source:
         if self._reader is None:
             self._reader = BlockReader(self._ranges, self._fetch)
         return self._reader
+
+    @property
+    def _ranges(self) -> Ranges:
+        return self._requests()[0]
+
+    @property
+    def _range_of(self) -> np.ndarray:
+        return self._requests()[1]
+
+    def _requests(self) -> tuple[Ranges, np.ndarray]:
+        """See `_cut_ranges`. Cut when the first is asked for: local files need none."""
+        if self._cut is None:
+            self._cut = self._cut_ranges(self._block_bytes)
+        return self._cut
 
     def _cut_ranges(self, block_bytes: int) -> tuple[Ranges, np.ndarray]:
         """What to request at a time, and which of it each row needs: neighbouring rows, with no wide gap between them, that share a block."""

@@ -82,7 +82,8 @@ class Windows(Source):
                 f"{index.root} has {index.ok} good clips in {sorted(set(index.table['split'].to_pylist()))} and none is as long as a window of "
                 f"{segments} segments ({float(segments * SEGMENT_SECONDS):g} s); take fewer segments or another split"
             )
-        shapes = np.unique(np.column_stack([features.shape[rows, 2:], codes.shape[rows, :1]]), axis=0)
+        shapes = np.column_stack([features.shape[rows, 2:], codes.shape[rows, :1]])
+        shapes = shapes[:1] if (shapes == shapes[0]).all() else np.unique(shapes, axis=0)  # which sorts: a second for a million
         if len(shapes) > 1 or shapes[0, 0] != SEGMENT_TOKENS or shapes[0, -1] != codec["codebooks"] or features.dtype != np.float16:
             raise ValueError(
                 f"{index.root}: features must be float16 [views, segments, {SEGMENT_TOKENS}, width] of one width, with {codec['codebooks']} "

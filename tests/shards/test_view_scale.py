@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from shards.read import Index
+from shards import ledger
+from shards.read import START, Index
 from shards.stream import FeatureStream, StreamConfig
 from shards.view import write_view
 from shards.write import write_manifest
@@ -44,3 +45,45 @@ def test_an_epoch_of_a_view_is_the_chosen_clips_each_once(tmp_path: Path, world:
     seen = epoch(tmp_path / "view", "train", 96, world)
     assert len(seen) == len(wanted) > 1500 and set(seen) == wanted
     assert seen != sorted(seen)
+
+
+def test_rows_are_the_same_however_many_are_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = clips_of(made_up_keys(307))
+    data = tmp_path / "data"
+    data.mkdir()
+    write_dataset(data, clips, width=1, clips_per_shard=13)
+    whole = Index.open(data)
+    rows = whole.table.append_column(START, pa.array([number / 8 if number % 5 else None for number in range(307)], pa.float64()))
+    assert whole.table["key"].to_pylist() == sorted(clips.keys, key=lambda key: (clips.splits[clips.keys.index(key)], key))
+    write_view(tmp_path / "one", whole, rows, selection=["all"])
+    monkeypatch.setattr(ledger, "MANIFEST_GROUP_ROWS", 29)
+    write_view(tmp_path / "many", whole, rows, selection=["all"])
+    assert ledger.open_file(tmp_path / "many" / ledger.MANIFEST).num_row_groups == 11
+    assert Index.open(data).table.equals(whole.table)  # from the ledgers, some at a time
+    write_manifest(data)
+    assert Index.open(data).table.equals(whole.table) and Index.open(data).content == whole.content
+    for split in (None, "train", "validation"):
+        one, many = Index.open(tmp_path / "one", split), Index.open(tmp_path / "many", split)
+        assert one.table.equals(many.table) and one.content == many.content and one.start_seconds is not None and many.start_seconds is not None
+        assert one.start_seconds.tolist() == many.start_seconds.tolist() and one.ok == len(clips.good_keys(split)) and any(one.start_seconds)
+        assert one.keys.to_pylist() == Index.open(data, split).keys.to_pylist()
+
+
+def test_a_key_that_is_good_twice_is_told_whichever_split_is_opened(tmp_path: Path) -> None:
+    keys = made_up_keys(97)
+    keys["validation"].append(next(key for key in clips_of(keys).good_keys("train")))
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data", clips_of(keys), width=1, clips_per_shard=13)
+    for split in (None, "test"):
+        with pytest.raises(ValueError, match=r"is good in more than one place \(train-00000\d, validation-00000\d\)"):
+            Index.open(tmp_path / "data", split)
+
+
+def test_an_empty_view_has_no_split(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data", clips_of(made_up_keys(31)), width=1)
+    index = Index.open(tmp_path / "data")
+    write_view(tmp_path / "view", index, index.table.slice(0, 0), selection=["none"])
+    assert (Index.open(tmp_path / "view").ok, Index.open(tmp_path / "view").failed) == (0, 0)
+    with pytest.raises(ValueError, match="has no split 'train'; it has no rows at all"):
+        Index.open(tmp_path / "view", "train")
