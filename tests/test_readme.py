@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_options_in_the_readme_exist(monkeypatch: pytest.MonkeyPatch) -> None:
             return 0
 
         monkeypatch.setattr(module, "job_main", ask)
-        assert module.main(arguments.split("#")[0].split()) == 0
+        assert module.main(shlex.split(arguments, comments=True)) == 0
         ((schema, given, command, positional),) = asked
         assert command == job
         load.load(schema, given, positional=positional)
