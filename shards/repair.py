@@ -6,7 +6,6 @@ it is said that nothing proves its bytes. What is good is not touched. Decides b
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from hashlib import sha256
 from typing import Any
 
@@ -27,6 +26,8 @@ COPY_BYTES = 8 << 20
 LOST_REASON = "io"
 """Of a clip whose ledger row is lost and that its tar does not hold: `retry_failed=true reasons=io` tries it again."""
 LOST_MESSAGE = "the shard's ledger was lost, and with it why this clip failed"
+ASIDE = ".repaired"
+"""What follows the name of a tar that is kept beside while another has its place."""
 ALIKE_DIGITS = 48
 """Two sha256 that have so many of 64 digits in common are one that was damaged: by chance they have four."""
 
@@ -108,18 +109,49 @@ class _Repairs:
     # tars
 
     def exchanged(self) -> Iterator[str]:
-        """Puts tars where they belong that stand under another's name."""
-        holders = {shard.sha256: shard.name for shard in self._verified.shards.values() if shard.sha256 not in ("", EMPTY_SHA256)}
-        wrong = [shard for shard in self._broken if self._wanted(shard) in holders and shard.sha256 != self._wanted(shard)]
-        with ExitStack() as stack:  # they take their places together, when all are copied
-            for shard in wrong:
-                source = self._path(holders[self._wanted(shard)])
-                file = stack.enter_context(storage.writing(self._path(shard.name)))
-                if _copy(source, file) != self._wanted(shard):
-                    raise storage.StorageError(f"{source} was replaced while it was read: run the job again")
-        for shard in wrong:
-            yield f"{shard.name}.tar: its bytes were in {holders[self._wanted(shard)]}.tar"
-            shard.sha256, shard.tar = self._wanted(shard), True
+        """Puts tars where they belong that stand under another's name.
+
+        What another shard needs and would be overwritten is kept beside until all are in their places; a repair that was cut off goes on from that.
+        """
+        sources = self._find_elsewhere()
+        aside: dict[str, str] = {}
+        for name, source in sources.items():
+            if source in map(self._path, sources):
+                aside[name] = self._path(name) + ASIDE
+                self._put(source, aside[name], self._wanted(self._verified.shards[name]))
+        for name, source in sources.items():
+            shard = self._verified.shards[name]
+            if self._put(aside.get(name, source), self._path(name), self._wanted(shard)):
+                shard.sha256, shard.tar = self._wanted(shard), True
+                yield f"{name}.tar: its bytes were in {storage.basename(source)}"
+        left = {file.removesuffix(f".tar{ASIDE}") for file in self._verified.files if file.endswith(f".tar{ASIDE}")}
+        for name in left | aside.keys():
+            if name in self._verified.shards and self._verified.shards[name].tar:
+                storage.remove(self._path(name) + ASIDE)
+
+    def _find_elsewhere(self) -> dict[str, str]:
+        """Broken shards whose tars are under another's name, and where."""
+        holders = {shard.sha256: self._path(shard.name) for shard in self._verified.shards.values() if shard.sha256 not in ("", EMPTY_SHA256)}
+        found = {}
+        for shard in self._broken:
+            wanted = self._wanted(shard)
+            if not wanted or wanted == shard.sha256:
+                continue
+            if f"{shard.name}.tar{ASIDE}" in self._verified.files:
+                found[shard.name] = self._path(shard.name) + ASIDE
+            elif wanted in holders:
+                found[shard.name] = holders[wanted]
+        return found
+
+    def _put(self, source: str, path: str, wanted: str) -> bool:
+        """Copies a file to its place, if it has this sha256."""
+        try:
+            with storage.writing(path) as file:
+                if _copy(source, file) != wanted:
+                    raise _NotProvenError
+        except _NotProvenError:
+            return False
+        return True
 
     def _wanted(self, shard: Shard) -> str:
         """The sha256 that the shard's tar had; empty if nothing tells."""

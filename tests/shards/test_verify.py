@@ -285,6 +285,25 @@ def test_exchanged_files_are_put_back(root):
             assert repaired(root) and files(root) == whole
 
 
+@pytest.mark.parametrize("cut_off_at", range(4))
+def test_a_repair_that_is_cut_off_loses_nothing(root, monkeypatch, cut_off_at):
+    whole = files(root)
+    write_files(root, whole | {"train-000000.tar": whole["train-000001.tar"], "train-000001.tar": whole["train-000000.tar"]})
+    writing, begun = storage.writing, []
+
+    def broken(path):
+        begun.append(path)
+        if len(begun) > cut_off_at:
+            raise OSError(28, "No space left on device")
+        return writing(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "writing", broken)
+        with pytest.raises(OSError, match="No space"):
+            repaired(root)
+    assert repaired(root) and files(root) == whole
+
+
 def test_a_ledger_from_its_tar_and_the_plan(root):
     """Without the manifest, whose rows are the ledger's: everything comes back but why clips failed."""
     whole = files(root)
