@@ -23,6 +23,8 @@ from shards.read import Index
 
 PART_SECONDS = 30.0
 """What has come in is written at least so often."""
+SHARD_DIGITS = 16
+"""Of a shard's sha256, that tell it from others."""
 PART = ".part-"
 """What the parts' names have after the table's, before a number."""
 
@@ -90,7 +92,8 @@ class ScoreStore:
         """Reads what is there. ValueError where a wanted scorer's scores were made otherwise, and `overwrite` does not say that they may go."""
         self._path, self.wanted = path, dict(wanted)
         good = index.table.filter(pc.field("status") == "ok")
-        self._keys, self._shards = (good[name].combine_chunks() for name in (KEY, "shard_sha256"))
+        self._keys = good[KEY].combine_chunks()
+        self._shards = pc.call_function("utf8_slice_codeunits", [good["shard_sha256"].combine_chunks()], pc.SliceOptions(0, SHARD_DIGITS))
         self._pending: list[pa.Table] = []
         self._written = time.monotonic()
         beside, prefix = storage.parent(path), f"{storage.basename(path)}{PART}"

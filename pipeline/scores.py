@@ -21,8 +21,9 @@ SCORER = b"soundshard.scorer."
 """In the metadata of `scores.parquet`, before a scorer's name: JSON of the `version` that its `columns` are of, and the dataset's `fingerprint`."""
 ERROR = ".error"
 """After a scorer's name: the column that says why a clip has no scores of it."""
-SHARD = ".shard_sha256"
-"""After a scorer's name: the column that says from which shard a clip was scored; null where it was not. No score: `read_scores` drops it."""
+SHARD = ".shard"
+"""After a scorer's name: the column that says from which shard a clip was scored, by the beginning of its sha256; null where it was not. No score:
+`read_scores` drops it."""
 KEY_COLUMNS = ("key", "file", "filename", "path", "video_id", "ytid", "id")
 """What the column with clips' names may be called in a csv."""
 
