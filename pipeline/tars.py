@@ -38,6 +38,8 @@ MAGIC, MAGIC_PLACE = b"ustar", 257
 """What headers of all but the oldest tars have, and where."""
 SPACE = ord(" ")
 OCTAL = re.compile(rb"[0-7]+")
+END_BLOCKS = 2
+"""Of zeros, with which a tar ends."""
 RECORD = 20 * BLOCK
 """What tars are filled up to with zeros."""
 WINDOW_BYTES = 4096
@@ -52,6 +54,8 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"(\xb5/\
 """How compressed files begin, whatever they are called."""
 REGULAR, HARD_LINK, LINK, EMPTY_KINDS = b"0", b"1", b"2", b"3456"
 LONG_NAME, LONG_LINK, EXTENDED, EXTENDED_FOR_ALL, SPARSE, CONTINUED = b"L", b"K", b"x", b"g", b"S", b"M"
+DESCRIBING = (LONG_NAME, LONG_LINK, EXTENDED)
+MOST_DESCRIBING_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
@@ -288,11 +292,17 @@ def _entries(file: _File) -> Iterator[_Entry]:
                 if at == 0 and file.size > RECORD:
                     file.damaged("holds nothing but zeros")
                 return
+            if after - at < END_BLOCKS * BLOCK:
+                file.damaged(f"is damaged: the header at byte {at} is gone; what it told of is not known")
             at, block = after, file.read(after, after + BLOCK)
         header = _header(block)
         if header is None:
             file.damaged(f"is damaged: after {file.headers} headers the next one should be at byte {at}, and it is not; what it told of is not known")
             at, more = file.next_header(at), {}
+            continue
+        if header.kind in DESCRIBING and header.size > MOST_DESCRIBING_BYTES:
+            file.damaged(f"is damaged: the header at byte {at} would describe the next one in {header.size} bytes")
+            at, more = file.next_header(at + BLOCK), {}
             continue
         file.headers += 1
         start, size = at + BLOCK, int(more.get("size", header.size))
@@ -303,11 +313,14 @@ def _entries(file: _File) -> Iterator[_Entry]:
             file.damaged(
                 f"is truncated: it ends at byte {file.size}, inside {name}, which goes on to byte {start + stored}; what came after is not known"
             )
-            if header.kind in (LONG_NAME, LONG_LINK, EXTENDED):
+            if header.kind in DESCRIBING:
                 return
         if header.kind in (LONG_NAME, LONG_LINK):
             name = "path" if header.kind == LONG_NAME else "linkpath"
             more[name] = _text(file.read(start, start + size).partition(b"\0")[0])
+            if not more[name]:
+                file.damaged(f"is damaged: the long name at byte {start} is empty; what it is called is not known")
+                del more[name]
         elif header.kind == EXTENDED:
             records = _records(file.read(start, start + size))
             if records is None:
@@ -383,7 +396,7 @@ def _number(field: bytes) -> int | None:
 def _records(data: bytes) -> dict[str, str] | None:
     """A pax header's `length name=value` lines; None if it has others."""
     found, at = dict[str, str](), 0
-    while at < len(data) and data[at]:
+    while at < len(data):
         match = re.compile(rb"(\d{1,12}) ([^=]+)=").match(data, at)
         if match is None or data[at + int(match[1]) - 1 : at + int(match[1])] != b"\n":
             return None
