@@ -281,8 +281,14 @@ def _greatest_hits(source: str, config: DiscoverConfig) -> Iterator[Clip]:
     else:
         rows = read_listing(listing, split=config.split)
     here = Folder(files, source, places=False)
-    parts = _HitParts(here, stems, config)
-    yield from _looked_up([part for row in rows for part in parts.of(row, listing)], here, source, listing)
+    parts, wanted = _HitParts(here, stems, config), list[ListedClip]()
+    for part in (part for row in rows for part in parts.of(row, listing)):
+        if config.cut_seconds and part.cut is None and (file := parts.uncut(part)) is not None:
+            told = "<video>_times.txt beside it does not say when it is hit; put that there, or take whole videos with cut_seconds=0"
+            yield _missing(part, file.path, told)
+        else:
+            wanted.append(part)
+    yield from _looked_up(wanted, here, source, listing)
 
 
 class _HitParts:
@@ -319,6 +325,10 @@ class _HitParts:
         ]
         there = self._cut_already[whole] if self._length else []
         return rows or [ListedClip(name, name, None, row.split) for name in there or [whole]]
+
+    def uncut(self, part: ListedClip) -> File | None:
+        """The whole video, where a row stands for that."""
+        return self._here.named(part.clip_id) if greatest_hits.WHOLE_NAME.fullmatch(part.clip_id) else None
 
     def _hits(self, video: str, whole: str) -> list[greatest_hits.Hit]:
         """A video's hits; none where the video or the file that tells them is not there."""

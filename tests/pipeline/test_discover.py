@@ -585,10 +585,11 @@ def test_greatest_hits_is_cut_at_its_hits(greatest_hits: Path) -> None:
     ]
     assert {Path(clip.source).name for clip in clips[1:4]} == {f"{first}.mp4"}
     longer = discover(DiscoverConfig(str(greatest_hits), layout="greatest_hits", listing="none", cut_seconds=5.0, recording="mic"))
-    assert [(clip.key, clip.start_seconds, clip.end_seconds, Path(clip.source).name) for clip in longer][-2:] == [
-        (f"{GREATEST[2]}_mic", None, None, f"{GREATEST[2]}_mic.mp4"),  # nothing tells its hits
-        (f"{GREATEST[1]}_mic_177", 4.559, 9.559, f"{GREATEST[1]}_mic.mp4"),
+    assert [(clip.key, clip.start_seconds, clip.end_seconds, clip.reason, Path(clip.source).name) for clip in longer][-2:] == [
+        (f"{GREATEST[2]}_mic", None, None, "missing", f"{GREATEST[2]}_mic.mp4"),
+        (f"{GREATEST[1]}_mic_177", 4.559, 9.559, None, f"{GREATEST[1]}_mic.mp4"),
     ]
+    assert "_times.txt beside it does not say" in (longer[-2].message or "")
     whole = discover(DiscoverConfig(str(greatest_hits), layout="greatest_hits", listing="none", cut_seconds=0.0, test_fraction=0.34))
     assert (
         sorted(clip.key for clip in whole) == sorted(f"{name}_denoised" for name in GREATEST) and Counter(clip.split for clip in whole)["test"] == 1
