@@ -94,6 +94,9 @@ class Verified:
     plan: ByShard | None = None
     files: Mapping[str, storage.Stat] = field(default_factory=dict)
     bytes: int = 0
+    """Of all tars."""
+    remembered: int = 0
+    """Tars that were not read now, because an interrupted run had read them."""
 
     @property
     def redo(self) -> list[str]:
@@ -307,6 +310,7 @@ def _check_tars(
     stats = {name: (verified.files[f"{name}.tar"], verified.files.get(f"{name}.parquet")) for name in found.tars}
     if memory is not None:
         known = {name: result for name, pair in stats.items() if (result := memory.get(*pair)) is not None}
+        verified.remembered = len(known)
     if begin is not None:
         left = [name for name in found.tars if name not in known]
         begin(sum(found.tars[name] for name in left), len(left))

@@ -71,7 +71,7 @@ def run(config: VerifyConfig) -> None:
                 verified = _checked(root, workers, state)
         state.finished()
     broken = verified.redo
-    for line in _text(verified, time.monotonic() - started):
+    for line in _text(verified, time.monotonic() - started, repaired=bool(done)):
         print(line)
     if config.report:
         storage.write_bytes(config.report, _report(verified, done, time.monotonic() - started))
@@ -188,13 +188,15 @@ class Progress:
 # --- what is said ---------------------------------------------------------------------------------------------------------------------
 
 
-def _text(verified: Verified, seconds: float) -> Iterator[str]:
+def _text(verified: Verified, seconds: float, *, repaired: bool) -> Iterator[str]:
     told, what = verified.told, "view" if verified.info is not None and verified.info.view is not None else "dataset"
-    rate = f" in {seconds:.1f} s ({verified.bytes / 1e6 / max(seconds, 1e-9):,.0f} MB/s)" if verified.bytes else ""
+    rate = f" in {seconds:.1f} s ({verified.bytes / 1e6 / max(seconds, 1e-9):,.0f} MB/s)" if verified.bytes and not verified.remembered else ""
     yield (
         f"{what} {verified.root}: {len(verified.shards):,} shards, {verified.ok:,} good and {verified.failed:,} failed clips, "
         f"{verified.bytes / 1e9:,.3f} GB read{rate}"
     )
+    if verified.remembered and not repaired:
+        yield f"  note: {verified.remembered:,} tars were read by an interrupted run"
     for note in told.notes:
         yield f"  note: {note}"
     if not told.problems:

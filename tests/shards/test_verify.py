@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -387,13 +388,25 @@ def read_tars(monkeypatch, root, *, stop_after=99):
     return read
 
 
-def test_an_interrupted_run_goes_on_and_a_finished_one_begins_anew(root, monkeypatch):
+def test_an_interrupted_run_goes_on_and_a_finished_one_begins_anew(root, monkeypatch, capsys):
     every = [f"{name}.tar" for name in SHARDS]
     assert read_tars(monkeypatch, root, stop_after=3) == every[:3]
     change(root, "train-000001.tar", bytes)  # the same bytes, written anew
     left = read_tars(monkeypatch, root)
+    assert f"{4 - len(left)} tars were read by an interrupted run" in capsys.readouterr().out
     assert "train-000001.tar" in left and every[3] in left and every[0] not in left
     assert read_tars(monkeypatch, root) == every
+
+
+def test_how_far_it_is_is_shown(root, monkeypatch, capsys):
+    """A line now and then in a log, a bar on a terminal."""
+    monkeypatch.setattr(verify, "LOG_SECONDS", 0.0)
+    assert verify.main([root, "workers=1"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("verify: ")]
+    assert lines[0].startswith("verify: 0 of 4 shards, 0.0 of") and lines[-1].startswith("verify: 4 of 4 shards")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert verify.main([root]) == 0
+    assert "verify:   0%" in capsys.readouterr().err
 
 
 def test_what_an_interrupted_run_found_is_not_forgotten(root, monkeypatch, capsys):
