@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 MAX_MAPPED = 256
 """Shards kept mapped at a time: each holds a file descriptor, of which a process commonly has 1,024. A view keeps its own map alive."""
 
+GROUPS_READ = 16
+"""Row groups of a manifest that are read at once. One by one takes longer, and memory that is cut into smaller pieces."""
+
 
 @dataclass(frozen=True)
 class Members:
@@ -249,6 +252,12 @@ def _each(manifest: pq.ParquetFile, columns: list[str]) -> Iterator[list[pa.Reco
         yield [batch]
 
 
+def _some(file: pq.ParquetFile) -> Iterator[pa.Table]:
+    """All rows of a manifest, some row groups at a time."""
+    for start in range(0, file.num_row_groups, GROUPS_READ):
+        yield file.read_row_groups(list(range(start, min(start + GROUPS_READ, file.num_row_groups))), use_threads=False)
+
+
 def _load(root: str, info: DatasetInfo, split: str | None) -> pa.Table:
     """The rows of a dataset or view, or those of one split. Keys are unique among all of them."""
     kept, keys, splits = [], [], set[str]()
@@ -268,14 +277,14 @@ def _load(root: str, info: DatasetInfo, split: str | None) -> pa.Table:
 
 
 def _rows(root: str, info: DatasetInfo) -> Iterator[pa.Table]:
-    """A dataset's rows, some thousand at a time: with all in one place, choosing from them would take them twice."""
+    """A dataset's rows, some at a time: with all in one place, choosing from them would take them twice."""
     if info.view is not None:
         yield from _view_rows(root, info)
         return
     found = ledger.listing(root)
     manifest = ledger.open_manifest(root, found, info.fingerprint)
     if manifest is not None:
-        yield from map(manifest.read_row_group, range(manifest.num_row_groups))
+        yield from _some(manifest)
         return
     held: list[pa.Table] = []
     for rows in ledger.read_ahead(root, found.ledgers, info.fingerprint):
@@ -316,7 +325,7 @@ def _view_rows(root: str, info: DatasetInfo) -> Iterator[pa.Table]:
             f"{root} is a view of {parent}, in which {len(changed)} of its {len(used)} shards are gone or were written anew since, for example "
             f"{changed[0]}; make the view again ({'; '.join(info.view['selection']) if info.view else ''})"
         )
-    yield from map(file.read_row_group, range(file.num_row_groups))
+    yield from _some(file)
 
 
 def _shards_now(root: str, fingerprint: str, wanted: Collection[str]) -> dict[str, str]:
