@@ -114,6 +114,9 @@ def check_info(root: str, told: Told) -> DatasetInfo | None:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         told.problem(INFO, f"it cannot be read: {sealed.first_line(error)}")
         return None
+    if not isinstance(info.spec, dict):
+        told.problem(INFO, f"its spec is {info.spec!r}; expected an object")
+        return None
     if info.view is not None and not (isinstance(info.view, dict) and isinstance(info.view.get("parent"), str) and "selection" in info.view):
         told.problem(INFO, f"its view is {info.view!r}; expected a parent and a selection")
         return None

@@ -25,7 +25,7 @@ from shards.repair import LOST_REASON, redo, repair
 from shards.view import write_view
 from shards.write import PLAN, Entry, json_bytes, npy_bytes, stored_entries, write_manifest, write_shard
 from tests.s3 import Faults
-from tests.shards.verify_data import CODEC, SHARDS, SPEC, bad, damaged, files, good, make, write_files
+from tests.shards.verify_data import CODEC, SHARDS, SPEC, damaged, files, good, make, write_files
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +194,7 @@ def test_ledgers_that_cannot_be_true(root):
     """Rows changed by somebody whose file has a right hash."""
     path = ledger.path_of(root, "train-000001")
     rows = ledger.read(path).to_pylist()
-    fingerprint = new_info("features", SPEC).fingerprint
+    ours = new_info("features", SPEC).fingerprint
     for changes, message in [
         ({"key": "-clip_4"}, "its key is in the ledger twice"),
         ({"status": "fine"}, "its status is 'fine'"),
@@ -205,7 +205,7 @@ def test_ledgers_that_cannot_be_true(root):
         ({"duration_seconds": float("nan")}, "its duration is nan seconds"),
         ({"shard": "train-000009"}, "it is the ledger of train-00000"),
     ]:
-        ledger.write(path, ledger.to_table([rows[0] | changes, *rows[1:]], fingerprint))
+        ledger.write(path, ledger.to_table([rows[0] | changes, *rows[1:]], ours))
         assert any(message in line for line in told(root)), (changes, told(root))
     ledger.write(path, ledger.to_table(rows, "f" * 64))
     assert any("belongs to a dataset with the fingerprint ffff" in line for line in told(root))
@@ -215,7 +215,7 @@ def test_ledgers_that_cannot_be_true(root):
         (rows[:2], "other clips than plan.parquet"),
         ([rows[0] | {"label": "x"}, *rows[1:]], "its rows of train-000001 are not"),
     ]:
-        ledger.write(path, ledger.to_table(rows_now, fingerprint))
+        ledger.write(path, ledger.to_table(rows_now, ours))
         assert any(message in line for line in told(root))
 
 
@@ -502,7 +502,16 @@ def test_what_a_repair_wrote_can_be_read(root):
     assert members is not None and members["toy.npy"] == npy_bytes(np.array(good(7, "val").members["toy.npy"]))  # pyright: ignore[reportOptionalSubscript] - it is good
 
 
-def test_a_description_is_told_by_its_place(tmp_path):
+def test_descriptions_of_other_forms(tmp_path):
     found = Told()
     assert check_info(str(tmp_path), found) is None and "is missing" in found.problems[0].text()
-    assert bad(1).reason == "truncated"
+    create_or_check(tmp_path, new_info("features", SPEC))
+    fields = json.loads(storage.read_bytes(tmp_path / "dataset.json"))
+    for changes in ({"spec": []}, {"view": 7}, {"view": {"parent": 7, "selection": []}}, {"kind": "x"}, {"more": 1}):
+        storage.write_bytes(tmp_path / "dataset.json", json.dumps(fields | changes).encode())
+        found = Told()
+        check_info(str(tmp_path), found)
+        assert len(found.problems) == 1
+    for text in (b"[]", b"7", b"", b"[" * 5000, b"\xff", b'{"schema_version": 1}'):
+        storage.write_bytes(tmp_path / "dataset.json", text)
+        assert check_info(str(tmp_path), found) is None
