@@ -205,7 +205,8 @@ def _score_all(config: ScoreConfig, index: Index, scorers: Sequence[Scorer], uni
     count = config.actors or max(1, int(resources.get("GPU", 1) if on_gpu else resources.get("CPU", 1)))
     calls = config.decode_threads if index.info.kind == "media" else 1
     remote = ray.remote(ScoreActor).options(num_gpus=int(on_gpu), num_cpus=1, max_concurrency=calls, max_restarts=-1, max_task_retries=RETRIES)
-    free: deque[Any] = deque(remote.remote(config, index.info.kind) for _ in range(min(count, len(units))) for _ in range(calls))
+    actors = [remote.remote(config, index.info.kind) for _ in range(min(count, len(units)))]
+    free: deque[Any] = deque(actors * calls)
     running: dict[ray.ObjectRef, tuple[Any, Unit]] = {}
     tally, good = Tally(), good_rows(index)
     with Progress("score", sum(len(unit.rows) for unit in units)) as progress:

@@ -330,7 +330,8 @@ def test_a_batch_that_fails_is_tried_clip_by_clip() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_job_on_media(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_on_media(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "UNIT_CLIPS", {"media": 1, "features": 1})  # more units than processes, which get two at a time
     root, entries = tmp_path / "media", []
     create_or_check(root, new_info("media", {"made": "by program"}))
     for number, changes in enumerate(({"amplitude": 0.05}, {"amplitude": 0.0005}, {"audio_codec": None})):
@@ -339,7 +340,7 @@ def test_the_job_on_media(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     entries.append(Entry("k3", "test", None, "broken.mp4", 1.4, {"mp4": b"no video at all"}))
     write_shard(root, "test-000000", entries)
     write_manifest(root)
-    assert score.main([str(root), "actors=1"]) == 0
+    assert score.main([str(root), "actors=2"]) == 0
     rows = {row["key"]: row for row in read_scores(str(root)).to_pylist()}
     assert rows.keys() == {"k0", "k1", "k2", "k3"}
     usual = [scorer for scorer in SCORERS if scorer.usual]
