@@ -19,7 +19,7 @@ KEY = b"soundshard.file"
 DIGITS = 64
 PREFIX = b"soundshard sha256:"
 SEAL = re.compile(re.escape(PREFIX) + rb"([0-9a-f]{64})")
-UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError)
+UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError)
 """What parsing a damaged parquet file raises."""
 
 
