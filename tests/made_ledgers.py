@@ -1,14 +1,17 @@
 """Datasets of any size without a byte of media: real ledgers over tars that are nothing but holes, so that indexes, views and streams really read.
 
 A tar of holes takes no room on the disk and is zeros when it is read: a feature is 0, a code is 0, a json member is NUL bytes. No tar reader can read
-one; for that write real shards. Which clips are good, how long they are and which class they have follows from their keys alone.
+one, unless `whole=True`: then headers and json members are there, as islands in the holes, and the ledger has the tar's own hash.
+
+Which clips are good, how long they are and which class they have follows from their keys alone.
 
 Knows the dataset format. Knows no job and no list's own form: keys are handed in, or made up.
 """
 
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -18,7 +21,7 @@ import pyarrow as pa
 
 from configs.clock import FRAME_RATE_HZ, SEGMENT_FRAMES, SEGMENT_TOKENS
 from shards import ledger
-from shards.dataset import create_or_check, new_info
+from shards.dataset import create_or_check, json_bytes, new_info
 
 WIDTH = 768
 """Of Synchformer's features."""
@@ -29,6 +32,7 @@ STEPS_PER_FRAME = 3
 CLASSES = 309
 CLIP_SECONDS, SHORTEST_SECONDS = 10.0, 3.0
 FAILURES = ("missing", "undecodable", "no_audio", "too_short")
+JSON_BYTES = 211
 BLOCK, RECORD, NPY_HEADER = 512, 10240, 128
 """Bytes of a tar's header block and of the unit that its length is a multiple of, and of an npy header."""
 
@@ -95,10 +99,12 @@ def write_dataset(
     kind: str = "features",
     width: int = WIDTH,
     clips_per_shard: int = 64,
+    whole: bool = False,
 ) -> int:
     """Writes the shards and ledgers of a `features` or `media` dataset; no manifest. Returns how many shards there are.
 
-    `width` of the features; narrow ones where all bytes are to be read, which are in memory then.
+    `width` of the features; narrow ones where all bytes are to be read, which are in memory then. `whole` tars are
+    what their ledgers say, but that all arrays are zeros.
     """
     codec = {"hop_frames": HOP_FRAMES, "views": 1, "tower": {"config": {"width": width}, "weights_sha256": "0" * 64}, "codec": CODEC}
     info = new_info(
@@ -109,7 +115,7 @@ def write_dataset(
     shards = list(_shards(clips, clips_per_shard))
     with mock.patch("os.fsync"):  # what is made here need not outlive a power cut, and thousands of syncs take minutes
         for name, first, last in shards:
-            _write_shard(root, name, columns.slice(first, last - first), info.fingerprint)
+            _write_shard(root, name, columns.slice(first, last - first), info.fingerprint, whole=whole)
     return len(shards)
 
 
@@ -128,7 +134,7 @@ def _payloads(clips: MadeClips, kind: str, width: int) -> dict[str, _Payload]:
     """Of each member, by extension, sorted."""
     frames = clips.frames
     ones = np.ones_like(frames)
-    json = {"json": _Payload(ones * 211)}
+    json = {"json": _Payload(ones * JSON_BYTES)}
     if kind == "media":
         return json | {"mp4": _Payload(frames * 2971 + (clips.chance % np.uint64(50021)).astype(np.int64))}
     segments = (frames - SEGMENT_FRAMES) // HOP_FRAMES + 1
@@ -174,7 +180,7 @@ def _shards(clips: MadeClips, clips_per_shard: int) -> Iterator[tuple[str, int, 
             yield f"{clips.splits[first]}-{number:06d}", start, min(last, start + clips_per_shard)
 
 
-def _write_shard(root: Path, name: str, rows: pa.Table, fingerprint: str) -> None:
+def _write_shard(root: Path, name: str, rows: pa.Table, fingerprint: str, *, whole: bool) -> None:
     taken = rows["taken"].to_numpy()
     before, failed, end = np.cumsum(taken) - taken, taken == 0, int(taken.sum()) + 2 * BLOCK
     with open(root / f"{name}.tar", "wb") as file:
@@ -182,7 +188,30 @@ def _write_shard(root: Path, name: str, rows: pa.Table, fingerprint: str) -> Non
     columns = {field: rows[field] for field in rows.column_names if field != "taken"}
     for field in [field for field in columns if field.endswith(".offset")]:
         columns[field] = pa.chunked_array([pa.array(columns[field].fill_null(0).to_numpy() + before, mask=failed)])
-    sha256 = blake2b(name.encode(), digest_size=32).hexdigest()  # of another file: nobody hashes holes
+    if whole:
+        _write_islands(root / f"{name}.tar", pa.table(columns).filter(pa.array(~failed)))
+    sha256 = _hash(root / f"{name}.tar") if whole else blake2b(name.encode(), digest_size=32).hexdigest()
     table = pa.table(columns | {"shard": pa.array([name] * len(rows)), "shard_sha256": pa.array([sha256] * len(rows))})
     schema = ledger.unified([table.schema], fingerprint)
     ledger.write(ledger.path_of(root, name), table.select(schema.names).cast(schema))
+
+
+def _write_islands(path: Path, rows: pa.Table) -> None:
+    """What of a tar is not zeros: its headers, those of arrays, and json members."""
+    with open(path, "r+b") as file:
+        for row in rows.to_pylist():
+            for extension in ledger.extensions(rows):
+                info = tarfile.TarInfo(f"{row['key']}.{extension}")
+                info.size, info.mode = row[f"{extension}.size"], 0o644
+                file.seek(row[f"{extension}.offset"] - BLOCK)
+                file.write(info.tobuf(tarfile.USTAR_FORMAT))
+                if extension == "json":
+                    file.write(json_bytes({name: row[name] for name in ("key", "split", "label")}).ljust(JSON_BYTES))
+                elif extension.endswith("npy"):
+                    shape, dtype = tuple(row[f"{extension}.shape"]), row[f"{extension}.dtype"]
+                    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,12 @@
 """A view of thousands of clips in tens of shards: an epoch is exactly the chosen clips, each once, on any number of ranks."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import webdataset
 
 from shards import ledger
 from shards.read import START, Index
@@ -87,3 +89,19 @@ def test_an_empty_view_has_no_split(tmp_path: Path) -> None:
     assert (Index.open(tmp_path / "view").ok, Index.open(tmp_path / "view").failed) == (0, 0)
     with pytest.raises(ValueError, match="has no split 'train'; it has no rows at all"):
         Index.open(tmp_path / "view", "train")
+
+
+def test_whole_tars_are_what_their_ledgers_say(tmp_path: Path) -> None:
+    clips = clips_of(made_up_keys(73))
+    data = tmp_path / "data"
+    data.mkdir()
+    write_dataset(data, clips, width=3, clips_per_shard=13, whole=True)
+    write_manifest(data)
+    index = Index.open(data)
+    tars = sorted(str(path) for path in data.glob("*.tar"))
+    read = {record["__key__"]: record for record in webdataset.WebDataset(tars, shardshuffle=False).decode()}
+    assert sorted(read) == sorted(clips.good_keys()) == sorted(index.keys.to_pylist()) and len(read) < 73
+    for key, record in read.items():
+        assert record["json"]["key"] == key and record["avclip.npy"].shape == index.member(index.row(key), "avclip.npy").shape
+    for name, digest in zip(index.table["shard"].to_pylist(), index.table["shard_sha256"].to_pylist(), strict=True):
+        assert sha256((data / f"{name}.tar").read_bytes()).hexdigest() == digest
