@@ -19,6 +19,7 @@ from jaxtyping import Bool
 
 from configs import storage
 from pipeline.scores import ERROR, KEY, SCORER, SHARD, rows_of, scores_path
+from shards import ledger
 from shards.read import Index
 
 PART_SECONDS = 30.0
@@ -203,5 +204,5 @@ def _read(path: str) -> pa.Table:
 
 
 def _write(path: str, table: pa.Table) -> None:
-    with storage.writing(path) as file:
-        pq.write_table(table, file, compression="zstd")
+    with storage.writing(path) as file, ledger.writer(file, table.schema) as writer:  # with a hash that `soundshard verify` compares
+        writer.write_table(table)
