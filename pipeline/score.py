@@ -30,8 +30,9 @@ from pipeline.progress import Progress, Tally, Tick
 from pipeline.ray_loop import RayConfig, cluster
 from pipeline.score_store import Made, ScoreStore
 from pipeline.scorers import Item, Kind, ScoreOptions, Scorer, Scores, Scoring, registered
-from pipeline.scores import ERROR, KEY, scores_path
+from pipeline.scores import KEY, scores_path
 from pipeline.workers import root_cause
+from shards.facts import ERROR
 from shards.read import Index
 
 UNIT_CLIPS: Mapping[Kind, int] = {"media": 8, "features": 64}
@@ -76,7 +77,7 @@ class ScoreConfig(ScoreOptions, Limits):
 
 
 def run(config: ScoreConfig) -> pa.Table:
-    """The table of scores, with a row for every good clip; what an earlier run has done is not done again. Raises JobError if too many failed."""
+    """Add columns of scores to the table beside a dataset: a row for every good clip. What an earlier run has done is not done again."""
     root = storage.absolute(config.data)
     index = Index.open(root)
     scorers = choose(config.scorers, index)

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool
 
 from configs import storage
-from pipeline.scores import ERROR, KEY, SCORER, SHARD, rows_of, scores_path
+from pipeline.scores import KEY, SCORER, SHARD, rows_of, scores_path
 from shards import ledger
+from shards.facts import ERROR
 from shards.read import Index
 
 PART_SECONDS = 30.0

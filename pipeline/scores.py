@@ -14,13 +14,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from configs import storage
+from shards.facts import SCORES
 
-SCORES = "scores.parquet"
 KEY = "key"
 SCORER = b"soundshard.scorer."
 """In the metadata of `scores.parquet`, before a scorer's name: JSON of the `version` that its `columns` are of, and the dataset's `fingerprint`."""
-ERROR = ".error"
-"""After a scorer's name: the column that says why a clip has no scores of it."""
 SHARD = ".shard"
 """After a scorer's name: the column that says from which shard a clip was scored, by the beginning of its sha256; null where it was not. No score:
 `read_scores` drops it."""

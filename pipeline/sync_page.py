@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from model.segments import OFFSET_CLASSES, OFFSET_STEP_SECONDS, SYNC_CLASS, class_seconds
-from pipeline.page import Figure, data_uri, document, figures_html, png
+from pipeline.page import Figure, colours, data_uri, document, figures_html, png
 from pipeline.timeline import CERTAIN, NEAR_CLASSES, Estimate, Timeline, words
 
 LEFT, RIGHT, GAP = 62, 846, 18
@@ -72,7 +72,7 @@ def _legend(timeline: Timeline) -> str:
     parts = [
         '<span><svg viewBox="0 0 60 14"><defs><linearGradient id="scale">'
         + "".join(
-            f'<stop offset="{level:.2f}" stop-color="rgb{tuple(_colours(np.array([[level**0.5]]))[0, 0].tolist())}"/>'
+            f'<stop offset="{level:.2f}" stop-color="rgb{tuple(colours(np.array([[level**0.5]]))[0, 0].tolist())}"/>'
             for level in np.linspace(0, 1, 7)
         )
         + '</linearGradient></defs><rect width="60" height="14" fill="url(#scale)"/></svg>'
@@ -149,7 +149,7 @@ def heat_picture(timeline: Timeline) -> UInt8[np.ndarray, "21 columns 3"]:
     for column in range(COLUMNS):
         good = [number for number in range(owners[column], max(owners[column] + 1, until[column])) if counts[number]]
         level = timeline.probabilities[good].mean(axis=0) if good else None
-        picture[:, column] = NOT_COUNTED if level is None else _colours(np.sqrt(level)[::-1, None])[:, 0]
+        picture[:, column] = NOT_COUNTED if level is None else colours(np.sqrt(level)[::-1, None])[:, 0]
     return picture
 
 
@@ -296,13 +296,6 @@ def time_ticks(first: float, last: float) -> list[float]:
     """Round instants, ten at most."""
     step = next((step for step in TICK_SECONDS if (last - first) / step <= 10), TICK_SECONDS[-1])
     return [number * step for number in range(int(-(-first // step)), int(last // step) + 1)]
-
-
-def _colours(level: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows columns 3"]:
-    """Dark blue by violet and orange to pale yellow, evenly brighter: as the spectrograms are."""
-    stops = np.array([[10, 12, 28], [46, 20, 90], [122, 32, 118], [196, 58, 96], [243, 120, 70], [252, 190, 110], [253, 246, 205]], float)
-    places = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(level, places, stops[:, k]) for k in range(3)], axis=-1).round().astype(np.uint8)
 
 
 STYLE = """

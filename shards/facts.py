@@ -19,6 +19,7 @@ from shards.read import ArrayMembers, Index
 SCORES = "scores.parquet"
 """In a dataset's or view's folder: a row per key that was scored, a column per score, `<scorer>.error` where a scorer failed."""
 ERROR = ".error"
+"""After a scorer's name: the column that says why a clip has no scores of it."""
 
 
 @dataclass(frozen=True)
