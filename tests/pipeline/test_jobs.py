@@ -18,7 +18,7 @@ from configs import cli
 from configs.clock import segment_count
 from model.codecs import load_codec
 from model.synchformer_visual import load_tower, normalise
-from pipeline import featurise, prepare
+from pipeline import featurise, prepare, subset
 from pipeline.media import EncodeConfig, decode
 from pipeline.views import view_crop
 from shards.read import Index
@@ -157,6 +157,22 @@ def test_bytes_do_not_depend_on_workers_or_interruptions(prepared: Path, inputs:
         tar.truncate(5000)
     prepare.run(other)
     assert digests(tmp_path) == digests(prepared)
+
+
+def test_a_materialised_subset_is_what_preparing_only_those_clips_gives(
+    prepared: Path, inputs: Path, networks: dict[str, str], tmp_path: Path
+) -> None:
+    """Media and features of good and bad clips: the same tars and ledgers, to the byte."""
+    names = ["good11", "good03", "short", "good00", "good08", "video_only", "good04", "good05", "truncated", "good09"]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    prepare.run(config(inputs, tmp_path / "alone", networks, listing=str(tmp_path / "list.txt")))
+    for kind in ("media", "features"):
+        subset.run(subset.SubsetConfig(data=str(prepared / kind), out=str(tmp_path / kind), lists=str(tmp_path / "list.txt"), materialise=True))
+        alone, copied = (
+            {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar" or path.name.startswith("train-")}
+            for folder in (tmp_path / "alone" / kind, tmp_path / kind)
+        )
+        assert len(alone) == 4 and alone == copied
 
 
 def test_a_rerun_does_nothing_and_other_settings_are_refused(
