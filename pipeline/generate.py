@@ -128,7 +128,8 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     )
     networks = own_networks(config)
     clips, starts = videos(config)
-    job = Job(starts, request_id(config, networks.run, starts))
+    ends = {clip.key: clip.end_seconds for clip in clips if clip.end_seconds is not None}
+    job = Job(starts, request_id(config, networks.run, starts, ends))
     todo = [clip for clip in clips if not _is_done(config.out, clip, job)]
     print(f"generate: {len(clips) - len(todo)} videos done, {len(todo)} to do", flush=True)
     if todo:
@@ -405,12 +406,13 @@ def read_starts(path: str) -> dict[str, float]:
     return starts
 
 
-def request_id(config: GenerateConfig, run: str, starts: dict[str, float]) -> str:
-    """A hash of what decides the sound: the decoder's weights and the options."""
+def request_id(config: GenerateConfig, run: str, starts: dict[str, float], ends: dict[str, float] | None = None) -> str:
+    """A hash of what decides the sound: the decoder's weights, the options, and which parts of videos the clips are."""
     decides = {
         "model": sha256_file(weights_file(run, config.weights)),
         "options": {f.name: to_plain(value) if is_dataclass(value := getattr(config, f.name)) else value for f in fields(SoundOptions)},
         "made": [config.precision, config.engine.weights, config.candidates, config.originals, to_plain(config.normalisation), starts],
+        **({"ends": ends} if ends else {}),
     }
     if config.candidates > 1:
         decides["sync"] = sha256_file(synchformer_file(config.sync_weights))

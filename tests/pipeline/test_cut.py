@@ -21,7 +21,7 @@ from pipeline.discover import Clip, DiscoverConfig, discover
 from pipeline.encode import EncodeConfig, EncodedClip, reencode
 from pipeline.features import CodecOptions, TowerOptions
 from pipeline.featurise import FeaturiseActor, FeaturiseConfig
-from pipeline.generate import GenerateConfig
+from pipeline.generate import GenerateConfig, request_id
 from pipeline.plan import media_plans
 from pipeline.prepare import FusedActor, PrepareConfig
 from pipeline.reencode import encode_clip, limits_of, media_entry, media_info
@@ -262,3 +262,5 @@ def test_sound_is_generated_for_the_part(clips: dict[str, Path], tmp_path: Path)
     rows = [made_here(config)["one"], made_here(replace(config, starts=str(tmp_path / "starts.csv")))["one"]]
     assert [(row["start_seconds"], row["duration_seconds"]) for row in rows] == [(1.0, 1.4), (1.4, 1.0)]
     assert rows[0]["source"] == f"{tmp_path}/p.tar::plain.mp4"
+    # A part that ends elsewhere is another request, and is not taken for done.
+    assert request_id(config, config.run, {"one": 1.0}, {"one": 2.4}) != request_id(config, config.run, {"one": 1.0}, {"one": 2.5})
