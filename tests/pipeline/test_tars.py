@@ -309,7 +309,7 @@ def test_a_clip_from_a_tar_is_encoded_as_from_its_file() -> None:
     clips = {clip.key: clip for clip in discover(DiscoverConfig("t.tar"))}
     entry = media_entry(clips["clip"], encode_clip(clips["clip"], config, limits))
     assert entry.source == f"{os.getcwd()}/t.tar::deep/clip.mp4" and entry.reason is None
-    assert entry.members == media_entry(clips["clip"], encode_clip(Clip("clip", "clip.mp4", "train"), config, limits)).members
+    assert entry.members == media_entry(clips["clip"], encode_clip(Clip("clip", os.path.abspath("clip.mp4"), "train"), config, limits)).members
     failed = {key: encode_clip(clips[key], config, limits) for key in ("cut", "none")}
     assert {key: error.reason for key, error in failed.items() if isinstance(error, MediaError)} == {"cut": "truncated", "none": "empty"}
 
