@@ -202,7 +202,7 @@ def _text(verified: Verified, seconds: float, *, repaired: bool) -> Iterator[str
     if not told.problems:
         yield "  all is as it was written"
         return
-    yield f"{len(told.problems)} problems:"
+    yield f"{len(told.problems)} problem{'s' if len(told.problems) > 1 else ''}:"
     yield from (f"  {problem.text()}" for problem in told.problems[:SHOWN])
     if len(told.problems) > SHOWN:
         yield f"  and {len(told.problems) - SHOWN} more, which report=FILE.json has"
