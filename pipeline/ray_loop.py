@@ -8,13 +8,17 @@ or a node is done again. Knows neither media nor networks.
 import contextlib
 import logging
 import os
+import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ray
+from ray._private import worker as ray_worker
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER
 from ray.exceptions import RayActorError, RayError
 from ray.experimental import get_object_locations
 
@@ -28,6 +32,9 @@ TRIES = 5
 """Times that the loop starts a unit whose process is lost, each of which Ray repeats by itself too, before it gives its clips up."""
 WRITE_TRIES = 20
 POLL_SECONDS = 1.0
+END_SECONDS = 20.0
+"""What Ray is given to end."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,37 @@ class Cluster:
     def stop(self) -> None:
         """End what `start` started."""
         if self._own:
-            ray.shutdown()
+            end_ray()
             self._own = False
+
+
+def end_ray() -> None:
+    """Leave Ray, and end it if this process started it.
+
+    Ray 2.60 asks its control server to forget the driver and waits for the answer, which has been seen never to come. A server that is this process's
+    own, and would be ended next, is ended after a while then, and the waiting with it.
+    """
+    servers = control_servers()
+
+    def end_servers() -> None:
+        log.warning("Ray does not end by itself; its control server is ended")
+        for server in servers:
+            server.kill()
+
+    timer = threading.Timer(END_SECONDS, end_servers)
+    timer.daemon = True
+    if servers:
+        timer.start()
+    try:
+        ray.shutdown()
+    finally:
+        timer.cancel()
+
+
+def control_servers() -> list[subprocess.Popen]:
+    """Ray's control server, if this process started it."""
+    node: Any = ray_worker._global_node  # its stub knows only that there is none at first
+    return [started.process for started in node.all_processes.get(PROCESS_TYPE_GCS_SERVER, [])] if node is not None else []
 
 
 @contextlib.contextmanager

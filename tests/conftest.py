@@ -74,7 +74,9 @@ def ray_cluster() -> Iterator[None]:
         _system_config={"idle_worker_killing_time_threshold_ms": 600_000, "num_workers_soft_limit": 6},
     )
     yield
-    ray.shutdown()
+    from pipeline.ray_loop import end_ray  # not before the hook that has the product's modules checked as they are imported
+
+    end_ray()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,20 @@ from shards.write import Entry
 from tests.chaos.harness import rows, sha256s
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+SILENT_SERVER = """\
+import os, signal
+from pipeline import ray_loop
+
+ray_loop.END_SECONDS = 0.5
+cluster = ray_loop.Cluster(ray_loop.RayConfig(num_cpus=1, object_store_mb=80))
+cluster.start()
+(server,) = ray_loop.control_servers()
+os.kill(server.pid, signal.SIGSTOP)
+cluster.stop()
+print("ended", server.poll())
+"""
 
 
 def some_clips(count: int) -> list[Clip]:
@@ -131,3 +147,9 @@ def test_two_datasets_are_written_together_and_mended_separately(tmp_path: Path)
 def twice(shard: str, clips: Sequence[Clip]) -> tuple[Tick, Payload]:
     del shard
     return Tick(len(clips)), ([entry(clip) for clip in clips], [failed_entry(clip, "empty", "") if clip.reason else entry(clip) for clip in clips])
+
+
+def test_a_job_ends_though_rays_server_does_not_answer() -> None:
+    ended = subprocess.run([sys.executable, "-c", SILENT_SERVER], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["ended", "-9"]), ended.stderr
+    assert "Ray does not end by itself" in ended.stderr
