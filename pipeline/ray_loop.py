@@ -8,7 +8,6 @@ or a node is done again. Knows neither media nor networks.
 import contextlib
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections import deque
@@ -18,7 +17,6 @@ from typing import Any, NoReturn
 
 import ray
 from ray._private import worker as ray_worker
-from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER
 from ray.exceptions import RayActorError, RayError
 from ray.experimental import get_object_locations
 
@@ -33,7 +31,7 @@ TRIES = 5
 WRITE_TRIES = 20
 POLL_SECONDS = 1.0
 END_SECONDS = 20.0
-"""What Ray is given to end."""
+"""What Ray's server is given to answer when it is left."""
 log = logging.getLogger(__name__)
 
 
@@ -87,30 +85,29 @@ class Cluster:
 def end_ray() -> None:
     """Leave Ray, and end it if this process started it.
 
-    Ray 2.60 asks its control server to forget the driver and waits for the answer, which has been seen never to come. A server that is this process's
-    own, and would be ended next, is ended after a while then, and the waiting with it.
+    Ray 2.60 asks its control server to forget the driver's ear for errors, and waits for the answer, which has been seen never to come.
     """
-    servers = control_servers()
-
-    def end_servers() -> None:
-        log.warning("Ray does not end by itself; its control server is ended")
-        for server in servers:
-            server.kill()
-
-    timer = threading.Timer(END_SECONDS, end_servers)
-    timer.daemon = True
-    if servers:
-        timer.start()
-    try:
-        ray.shutdown()
-    finally:
-        timer.cancel()
+    worker: Any = ray_worker.global_worker
+    if hasattr(worker, "gcs_error_subscriber"):
+        worker.gcs_error_subscriber = _Closing(worker.gcs_error_subscriber)
+    ray.shutdown()
 
 
-def control_servers() -> list[subprocess.Popen]:
-    """Ray's control server, if this process started it."""
-    node: Any = ray_worker._global_node  # its stub knows only that there is none at first
-    return [started.process for started in node.all_processes.get(PROCESS_TYPE_GCS_SERVER, [])] if node is not None else []
+class _Closing:
+    """Ray's ear for errors, which is given some seconds to be closed. That it hears no more is decided here; the server need not know."""
+
+    def __init__(self, subscriber: Any) -> None:
+        self._subscriber = subscriber
+
+    def poll(self, *arguments: Any) -> Any:
+        return self._subscriber.poll(*arguments)
+
+    def close(self) -> None:
+        closing = threading.Thread(target=self._subscriber.close, name="soundshard-ray-end", daemon=True)
+        closing.start()
+        closing.join(END_SECONDS)
+        if closing.is_alive():
+            log.warning("Ray's server did not answer for %g s when it was left; going on", END_SECONDS)
 
 
 @contextlib.contextmanager
