@@ -99,8 +99,8 @@ class _Closing:
     def __init__(self, subscriber: Any) -> None:
         self._subscriber = subscriber
 
-    def poll(self, *arguments: Any) -> Any:
-        return self._subscriber.poll(*arguments)
+    def __getattr__(self, name: str) -> Any:  # all but its end is as it was
+        return getattr(self._subscriber, name)
 
     def close(self) -> None:
         closing = threading.Thread(target=self._subscriber.close, name="soundshard-ray-end", daemon=True)
