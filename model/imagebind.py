@@ -44,25 +44,21 @@ class ImageBindConfig:
     """Features of an embedding."""
 
 
-class _Attention(nn.MultiheadAttention):
-    def forward(self, x: Float[Tensor, "b tokens width"]) -> Float[Tensor, "b tokens width"]:  # type: ignore[override]  # of itself only
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
 class _Block(nn.Module):
     """Attention and MLP, each after a norm and added."""
 
     def __init__(self, shape: TowerShape, *, bias_kv: bool) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(shape.width, eps=EPS), nn.LayerNorm(shape.width, eps=EPS)
-        self.attn = _Attention(shape.width, shape.heads, add_bias_kv=bias_kv, batch_first=True)
+        self.attn = nn.MultiheadAttention(shape.width, shape.heads, add_bias_kv=bias_kv, batch_first=True)
         self.mlp = nn.Sequential()
         self.mlp.add_module("fc1", nn.Linear(shape.width, 4 * shape.width))
         self.mlp.add_module("act", nn.GELU())
         self.mlp.add_module("fc2", nn.Linear(4 * shape.width, shape.width))
 
     def forward(self, x: Float[Tensor, "b tokens width"]) -> Float[Tensor, "b tokens width"]:
-        x = x + self.attn(self.norm_1(x))
+        h = self.norm_1(x)
+        x = x + self.attn(h, h, h, need_weights=False)[0]
         return x + self.mlp(self.norm_2(x))
 
 
